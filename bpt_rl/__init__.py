@@ -1,0 +1,3 @@
+"""Offline reinforcement learning with very long contexts."""
+
+__version__ = "0.1.0"

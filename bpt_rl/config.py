@@ -1,0 +1,352 @@
+"""Frozen configuration dataclasses, read from TOML presets and overridden on the command line."""
+
+import dataclasses
+import difflib
+import importlib.resources
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
+Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
+
+T = TypeVar("T")
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value <= 0:
+            raise ValueError(f"{name} must be positive; got {value}. Choose a number above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Transformer backbone and its token layout."""
+
+    layout: Layout = "return_state_action_reward"
+    """Tokens of a step: four as in the paper, three as in the Decision Transformer, or one fused token."""
+    embed_dim: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 3
+    num_heads: int = 1
+    """Query heads; embed_dim must be a multiple."""
+    num_kv_heads: int = 0
+    """Key and value heads, a divisor of num_heads; 0 means num_heads."""
+    feedforward_dim: int = 0
+    """Hidden width of the feedforward; 0 means four times embed_dim."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    dropout: float = 0.1
+    """Probability of dropping an entry of a residual branch in training, in [0, 1)."""
+    episode_embedding: int = 0
+    """Largest number of episodes told apart by a learnt embedding of the episode index; 0 for none."""
+    action_distribution: Literal["deterministic", "gaussian"] = "deterministic"
+    """Tanh-bounded action with mean squared error, or a Gaussian likelihood around it."""
+    implementation: Implementation = "auto"
+    """Attention implementation."""
+    query_chunk_size: int = 512
+    """Tokens a query chunk of blockwise attention."""
+    key_chunk_size: int = 512
+    """Tokens a key chunk of blockwise attention."""
+    feedforward_chunk_size: int = 2048
+    """Tokens a chunk of the blockwise feedforward."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "embed_dim", "num_layers", "num_heads", "query_chunk_size", "key_chunk_size")
+        _positive(self, "feedforward_chunk_size")
+        if self.embed_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"embed_dim must be a multiple of 2 * num_heads, since rotary positions turn pairs; got "
+                f"{self.embed_dim} and {self.num_heads}. Choose an embed_dim divisible by {2 * self.num_heads}."
+            )
+        if self.num_kv_heads < 0 or self.num_heads % max(self.num_kv_heads, 1):
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}. "
+                "Use a divisor, or 0 for one key head per query head."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}. 0 switches it off.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which trajectories a batch is made of, and how."""
+
+    store: str = "data/store.h5"
+    """HDF5 store built by `bpt-rl data build`."""
+    task: str = "walker_run"
+    """Task whose relabelled reward is used; the store must hold it."""
+    num_trajectories: int = 4
+    """Trajectories a chain (n): exactly so many in training, and by default at evaluation."""
+    draw: Literal["uniform", "return_stratified"] = "uniform"
+    """How a chain's trajectories are drawn: all alike, or one from each of n equal bands of return."""
+    top_fraction: float = 1.0
+    """Fraction of the episodes, best by return first, that may be drawn; 0.1 for BC-10%."""
+    relabel: Literal["chain_maximum", "own_return"] = "chain_maximum"
+    """Target return of a trajectory: the largest of its chain (the paper), or its own (control)."""
+    completion: Literal["per_episode", "per_step"] = "per_episode"
+    """Completion flag on the last step of an episode that reached the target, or on each step from there."""
+    loss_on: Literal["all", "last"] = "all"
+    """Trajectories of a chain whose actions are predicted."""
+    window: int = 0
+    """Steps of the sub-trajectory cut from each trajectory; 0 for whole trajectories."""
+    batch_size: int = 16
+    """Chains a batch, before packing."""
+    context_length: int = 0
+    """Tokens a row of the packed batch; 0 for exactly one chain of the longest trajectories."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_trajectories", "batch_size")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 0.1 keeps the best 10%.")
+        if self.window < 0 or self.context_length < 0:
+            raise ValueError(
+                f"window and context_length must not be negative; got {self.window} and {self.context_length}. "
+                "0 means whole trajectories and one chain a row."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+
+    num_steps: int = 10_000
+    """Gradient steps in all."""
+    learning_rate: float = 1e-4
+    """Peak, reached after warm-up."""
+    warmup_steps: int = 500
+    final_learning_rate: float = 0.1
+    """Rate at the last step, as a fraction of the peak."""
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.25
+    """Largest global norm of the gradient."""
+    accumulation: int = 1
+    """Micro-batches whose gradients are averaged for one step."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
+        if not 0 <= self.warmup_steps < self.num_steps:
+            raise ValueError(
+                f"warmup_steps must be smaller than num_steps; got {self.warmup_steps} and {self.num_steps}. "
+                "Use about a twentieth of num_steps."
+            )
+
+
+AgentName = Literal["at", "dt", "bc"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    run: str = "runs/at"
+    """Run folder. If it holds checkpoints of the same configuration, training goes on from the last."""
+    agent: AgentName = "at"
+    """at: Agentic Transformer; dt: Decision Transformer; bc: behaviour cloning (an MLP)."""
+    seed: int = 0
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    return_scale: Literal["largest_return", "mean_return", "none"] = "largest_return"
+    """Returns-to-go are divided by this statistic of the data before they enter the model."""
+    checkpoint_every: int = 1000
+    """Gradient steps between checkpoints."""
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    """Gradient steps between lines of metrics.jsonl."""
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go beside metrics.jsonl; each needs its extra installed."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Rollouts of a trained run in DMC."""
+
+    num_episodes: int = 0
+    """Episodes of a chain, in one context (n); 0 means the run's num_trajectories, at least 4 for dt and bc."""
+    num_chains: int = 16
+    """Chains rolled out in parallel, each in an environment of its own."""
+    target: Literal["largest", "quantile"] = "largest"
+    """Target return: the data's largest, or its `target_quantile`."""
+    target_quantile: float = 0.9
+    target_multiple: float = 1.0
+    """Factor on the target return."""
+    seed: int = 1_000_000
+    """Seed of the environments; training never uses it."""
+    num_workers: int = 0
+    """Simulator processes; 0 means one a core."""
+    memoryless: bool = True
+    """Also roll out the control: the same checkpoint, its context cleared before each episode."""
+    random: bool = True
+    """Also roll out uniform-random actions."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_chains", "target_multiple")
+        if not 0 <= self.target_quantile <= 1:
+            raise ValueError(f"target_quantile must lie in [0, 1]; got {self.target_quantile}. 0.9 is usual.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """Recording exploratory episodes in ExoRL's layout."""
+
+    task: str = "walker_run"
+    """Task whose environment, start states and stored reward are used."""
+    algorithm: Literal["random", "ornstein_uhlenbeck"] = "ornstein_uhlenbeck"
+    """Uniform noise, or noise correlated in time."""
+    num_steps: int = 100_000
+    """Simulator control steps in all; rounded up to whole episodes."""
+    action_repeat: int = 1
+    """Control steps an action is held for. Every control step is recorded all the same."""
+    noise_decay: float = 0.15
+    """Ornstein-Uhlenbeck: share of the noise forgotten at each action, in (0, 1]."""
+    noise_scale: float = 1.0
+    """Ornstein-Uhlenbeck: standard deviation of the stationary noise, before clipping to [-1, 1]."""
+    seed: int = 0
+    num_workers: int = 0
+    """Simulator processes; 0 means one a core."""
+    out: str = "data/exorl"
+    """Folder that receives {domain}/{algorithm}/buffer/episode_*.npz."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_steps", "action_repeat", "noise_scale")
+        if not 0 < self.noise_decay <= 1:
+            raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is uncorrelated noise.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Relabelling episodes into an HDF5 store."""
+
+    source: str = "data/exorl/walker/ornstein_uhlenbeck/buffer"
+    """Folder or zip of episodes."""
+    out: str = "data/store.h5"
+    tasks: tuple[str, ...] = ()
+    """Tasks to relabel; none means every stock task of the domain."""
+    domain: str = ""
+    """Needed only if no task is named and the folder's path does not say the domain."""
+    action_repeat: int = 1
+    """Control steps an agent's action spans: rows are merged, rewards added. Actions must be constant there."""
+    subset: str = "full"
+    """Name of the subset; it travels to every result."""
+    max_episodes: int = 0
+    """First episodes in name order; 0 for all."""
+    num_workers: int = 0
+    """Relabelling processes; 0 means one a core."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "action_repeat")
+
+
+def load(config_type: type[T], name_or_path: str) -> T:
+    """Returns the configuration of a TOML file or of a shipped preset.
+
+    Args:
+      config_type: Dataclass to fill; fields that the file leaves out keep their defaults.
+      name_or_path: Path of a TOML file, or the bare name of a preset in `configs/`.
+
+    Raises:
+      FileNotFoundError: If there is neither such a file nor such a preset.
+      ValueError: If the file is not TOML, or a key or value does not fit.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        text = path.read_text()
+    else:
+        resource = importlib.resources.files("bpt_rl.configs").joinpath(f"{name_or_path}.toml")
+        if not resource.is_file():
+            raise FileNotFoundError(
+                f"A configuration must be a TOML file or a preset; got {name_or_path!r}. "
+                f"Presets: {', '.join(preset_names())}."
+            )
+        text = resource.read_text()
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"A configuration must be valid TOML; {name_or_path}: {error}. Mend that line.") from error
+    return from_mapping(config_type, values)
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the presets in `configs/`."""
+    folder = importlib.resources.files("bpt_rl.configs")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def from_mapping(config_type: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Returns a dataclass filled from nested mappings, as TOML and JSON give them.
+
+    Raises:
+      ValueError: If a key is unknown (the nearest valid one is named) or a value has the wrong type.
+    """
+    hints = typing.get_type_hints(config_type)
+    arguments = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
+            raise ValueError(
+                f"A configuration key must be a field of {config_type.__name__}; got {prefix + key!r}. "
+                f"Nearest valid key: {prefix + near[0]!r}."
+            )
+        arguments[name] = _convert(hints[name], value, prefix + name)
+    return config_type(**arguments)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_mapping(typing.cast(type, hint), value, f"{where}.")
+    origin = typing.get_origin(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        item, *rest = typing.get_args(hint)
+        if rest == [Ellipsis]:
+            return tuple(_convert(item, v, where) for v in value)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = hint.__name__ if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) else hint
+    raise ValueError(f"{where} must be of type {expected}; got {value!r}. Change it in the configuration.")
+
+
+def to_toml(config: Any) -> str:
+    """Returns a configuration dataclass as TOML text that `load` reads back."""
+    lines: list[str] = []
+    _write_table(dataclasses.asdict(config), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _write_table(table: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{key} = {_toml_value(value)}")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            lines.append(f"\n[{prefix}{key}]")
+            _write_table(value, f"{prefix}{key}.", lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""The long-context transformer: attention, feedforward, the stack and its cache."""

@@ -1,0 +1,142 @@
+"""The run folder: what is written where, and reading it back."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bpt_rl import config as config_lib
+from bpt_rl.types import DataStatistics, EpisodeLog
+
+PACKAGES = ("bpt-rl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dm_control", "mujoco", "h5py")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths and contents of one training run."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a logged gradient step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Orbax checkpoints, one folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations_path(self) -> Path:
+        """One JSON file an evaluation."""
+        return self.path / "evaluations"
+
+    def config(self) -> config_lib.TrainConfig:
+        """Returns the resolved configuration.
+
+        Raises:
+          FileNotFoundError: If this is not a run folder.
+        """
+        if not self.config_path.is_file():
+            raise FileNotFoundError(
+                f"A run folder must hold config.toml; there is none in {self.path}. Name the folder that "
+                "`bpt-rl train` wrote."
+            )
+        return config_lib.load(config_lib.TrainConfig, str(self.config_path))
+
+    def statistics(self) -> DataStatistics:
+        """Returns the statistics of the training data."""
+        values = json.loads((self.path / "statistics.json").read_text())
+        return DataStatistics(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def versions(self) -> dict[str, Any]:
+        """Returns the versions, git commit and machine that the run was trained with."""
+        values: dict[str, Any] = json.loads((self.path / "versions.json").read_text())
+        return values
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Returns the logged metrics, oldest first."""
+        if not self.metrics_path.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Returns every evaluation of the run, oldest first; `evaluate.record` says what each holds."""
+        files = sorted(self.evaluations_path.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        return [json.loads(file.read_text()) for file in files]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object atomically."""
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Returns what a result depends on beside its configuration: packages, Python, machine, git commit."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str:
+    source = Path(__file__).resolve().parent
+    try:
+        arguments = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def log_to_json(log: EpisodeLog) -> dict[str, Any]:
+    """Returns a log as plain JSON values."""
+    values = dataclasses.asdict(log)
+    target = log.target_return
+    return values | {
+        "returns": log.returns.tolist(),
+        "num_steps": log.num_steps.tolist(),
+        "target_return": None if np.isnan(target) else target,
+    }
+
+
+def log_from_json(values: Mapping[str, Any]) -> EpisodeLog:
+    """Returns the log that `log_to_json` wrote."""
+    target = values["target_return"]
+    arrays = {
+        "returns": np.asarray(values["returns"], np.float64),
+        "num_steps": np.asarray(values["num_steps"], np.int64),
+        "target_return": float("nan") if target is None else float(target),
+    }
+    return EpisodeLog(**{**values, **arrays})
