@@ -1,0 +1,143 @@
+"""Chains of hindsight: trajectories ascending by return, asked for the best return among them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bpt_rl.types import Trajectory
+
+RELATIVE_TOLERANCE = 1e-6
+"""Share of the target by which a float32 sum of rewards may miss it and still count as reaching it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """N trajectories in one sequence of T steps, without dummy rows; fields as in `PackedBatch`."""
+
+    observation: Float[np.ndarray, "T O"]
+    action: Float[np.ndarray, "T A"]
+    reward: Float[np.ndarray, "T"]
+    return_to_go: Float[np.ndarray, "T"]
+    completion: Float[np.ndarray, "T"]
+    step: Int[np.ndarray, "T"]
+    episode: Int[np.ndarray, "T"]
+    loss_mask: Float[np.ndarray, "T"]
+    target_return: float
+    """Largest return of the chain."""
+    returns: Float[np.ndarray, "N"]
+    """Whole-episode returns, ascending."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all trajectories together."""
+        return len(self.reward)
+
+
+def returns_to_go(reward: Float[np.ndarray, "T"], target: float | None = None) -> Float[np.ndarray, "T"]:
+    """Returns the reward still to be collected before each step, counting that step's own.
+
+    Args:
+      reward: Environment reward after each action, unscaled.
+      target: Return asked of the whole trajectory; its own return if None. A larger target leaves a positive
+        remainder at the end: that is what hindsight relabelling asks for.
+
+    Raises:
+      ValueError: If `reward` is empty or not finite.
+
+    Source: Chen et al. 2021, section 3; Liu and Abbeel 2023, section 3.
+    """
+    if not reward.size or not np.isfinite(reward).all():
+        raise ValueError(
+            f"reward must hold at least one step and only finite values; got {reward.size} steps, "
+            f"{np.count_nonzero(~np.isfinite(reward))} of them not finite. Check the episode with `data verify`."
+        )
+    collected = np.cumsum(reward, dtype=np.float64)
+    if target is None:
+        target = float(collected[-1])
+    before = np.concatenate([[0.0], collected[:-1]])
+    return (target - before).astype(np.float32)
+
+
+def reaches(collected: Float[np.ndarray, "*any"], target: float) -> np.ndarray:
+    """Returns where a collected return reaches the target, up to float32 rounding of the sum."""
+    return collected >= target - RELATIVE_TOLERANCE * max(1.0, abs(target))
+
+
+def build_chain(
+    trajectories: Sequence[Trajectory],
+    task: str,
+    *,
+    relabel: Literal["chain_maximum", "own_return"] = "chain_maximum",
+    completion: Literal["per_episode", "per_step"] = "per_episode",
+    loss_on: Literal["all", "last"] = "all",
+    windows: Sequence[slice] | None = None,
+) -> Chain:
+    """Returns the trajectories as one chain of hindsight.
+
+    Args:
+      trajectories: In any order; sorted here ascending by return, ties in the order given.
+      task: Which of `Trajectory.task_reward` counts.
+      relabel: Ask every trajectory for the chain's largest return, or each for its own.
+      completion: Flag the last step of an episode whose return reaches its target, or each step from which on
+        the collected return reaches it. The flag follows the reward of its step, so it never tells the future.
+      loss_on: Trajectories whose actions are to be predicted: all, or the last (best) alone.
+      windows: Steps kept of each trajectory, as given. Returns, returns-to-go, steps and flags stay those of
+        the whole episode, so a window means what it means in the middle of an evaluated episode.
+
+    Raises:
+      ValueError: If there is no trajectory, the task has no relabelled reward, or a window exceeds its episode.
+
+    Source: Liu and Abbeel 2023, section 3.
+    """
+    if not trajectories:
+        raise ValueError("A chain must hold at least one trajectory; got none. Draw some from a store.")
+    rewards = [_task_reward(trajectory, task) for trajectory in trajectories]
+    returns = np.array([reward.sum(dtype=np.float64) for reward in rewards])
+    order = np.argsort(returns, kind="stable")
+    largest = float(returns[order[-1]])
+    pieces = []
+    for episode, i in enumerate(order):
+        trajectory, reward = trajectories[i], rewards[i]
+        num_steps = trajectory.num_steps
+        target = largest if relabel == "chain_maximum" else float(returns[i])
+        reached = reaches(np.cumsum(reward, dtype=np.float64), target)
+        if completion == "per_episode":
+            reached[:-1] = False
+        counts = loss_on == "all" or episode == len(order) - 1
+        piece = {
+            "observation": trajectory.observation[:-1],
+            "action": trajectory.action[1:],
+            "reward": reward,
+            "return_to_go": returns_to_go(reward, target),
+            "completion": reached.astype(np.float32),
+            "step": np.arange(num_steps, dtype=np.int32),
+            "episode": np.full(num_steps, episode, np.int32),
+            "loss_mask": np.full(num_steps, counts, np.float32),
+        }
+        if windows is not None:
+            piece = {name: array[_checked(windows[i], num_steps)] for name, array in piece.items()}
+        pieces.append(piece)
+    fields = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    return Chain(**fields, target_return=largest, returns=returns[order])
+
+
+def _task_reward(trajectory: Trajectory, task: str) -> Float[np.ndarray, "T"]:
+    if task not in trajectory.task_reward:
+        known = ", ".join(trajectory.task_reward) or "none"
+        raise ValueError(
+            f"A chain needs trajectories relabelled for its task; got {task!r}, and there is reward for: {known}. "
+            "Read them from a store built with that task."
+        )
+    return trajectory.task_reward[task][1:]
+
+
+def _checked(window: slice, num_steps: int) -> slice:
+    if not 0 <= window.start < window.stop <= num_steps:
+        raise ValueError(
+            f"A window must lie within its episode; got steps {window.start} to {window.stop} of an episode of "
+            f"{num_steps}. Use a shorter window, or leave out the shorter episodes."
+        )
+    return window
