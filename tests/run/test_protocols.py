@@ -42,7 +42,7 @@ def test_protocols_match_numbers_worked_by_hand(name, chains):
     assert float(found) == np.mean(chains)
     assert found.protocol == name
     assert found.num_samples == 2
-    # With two chains every resample is one of a, b or their mean; a and b come in a quarter of resamples each.
+    # With two chains every resample is one of a, b or their mean; a and b in a quarter each.
     assert (found.low, found.high) == (min(chains), max(chains))
 
 
@@ -92,7 +92,7 @@ def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_documented():
 
 def test_interval_over_seeds_covers_the_spread_between_seeds():
     generator = np.random.default_rng(2)
-    # Chains of a seed agree; seeds do not. Chains pooled as if independent would give a far too short interval.
+    # Chains of a seed agree; seeds do not. Pooled as if independent, they would give far too short an interval.
     seeds = [make_log(centre + generator.normal(0, 0.1, size=(16, 1))) for centre in (10.0, 20.0, 30.0, 40.0)]
     found = protocols.estimate("first", seeds)
     assert found.value == pytest.approx(25.0, abs=0.1)
