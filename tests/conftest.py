@@ -1,0 +1,22 @@
+"""Environment of the tests. It must be set before anything imports jax or bpt_rl."""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+
+CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
+
+# BPT_RL_TEST_PLATFORM=cuda runs the tests on a GPU; left out, they use the CPU wherever they run.
+os.environ["JAX_PLATFORMS"] = os.environ.get("BPT_RL_TEST_PLATFORM", "cpu")
+# Eight virtual CPU devices, so that sharding is tested without accelerators.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Compiled programs are kept between runs and shared with the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+# Every annotation of the package is checked at run time, shapes included.
+jaxtyping.install_import_hook("bpt_rl", "beartype.beartype")
