@@ -1,0 +1,210 @@
+"""Every task as a dm_env: flat float32 observation, actions in [-1, 1]."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dm_env
+import numpy as np
+from dm_env import specs
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Domain:
+    """Sizes of a simulated body, and its tasks."""
+
+    observation_dim: int
+    action_dim: int
+    physics_dim: int
+    """Numbers of `physics.get_state()`: qpos, qvel and, for the quadruped, actuator activations."""
+    tasks: tuple[str, ...]
+    """Full names, domain first."""
+    episode_steps: int = 1000
+    """Control steps of an episode; no stock task ends earlier."""
+
+
+DOMAINS: Mapping[str, Domain] = {
+    "cartpole": Domain(
+        observation_dim=5,
+        action_dim=1,
+        physics_dim=4,
+        tasks=("cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cartpole_swingup_sparse"),
+    ),
+    "walker": Domain(
+        observation_dim=24, action_dim=6, physics_dim=18, tasks=("walker_stand", "walker_walk", "walker_run")
+    ),
+    "cheetah": Domain(observation_dim=17, action_dim=6, physics_dim=18, tasks=("cheetah_run",)),
+    "quadruped": Domain(
+        observation_dim=78, action_dim=12, physics_dim=57, tasks=("quadruped_walk", "quadruped_run")
+    ),
+}
+
+
+def tasks_of(domain: str) -> tuple[str, ...]:
+    """Returns the tasks of a domain by their full names.
+
+    Raises:
+      ValueError: If the domain is unknown.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(
+            f"A domain must be one of {', '.join(DOMAINS)}; got {domain!r}. {_nearest(domain, DOMAINS)}"
+        )
+    return DOMAINS[domain].tasks
+
+
+def domain_of(task: str) -> str:
+    """Returns the domain that a task belongs to.
+
+    Raises:
+      ValueError: If the task is unknown; the nearest known one is named.
+    """
+    for name, domain in DOMAINS.items():
+        if task in domain.tasks:
+            return name
+    known = [task for domain in DOMAINS.values() for task in domain.tasks]
+    raise ValueError(f"A task must be one of {', '.join(known)}; got {task!r}. {_nearest(task, known)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    return f"Nearest valid one: {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]!r}."
+
+
+class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries no types
+    """A suite environment with a flat observation, which holds each action for some control steps.
+
+    Rewards of the held steps are added. An episode that ends in between ends the step.
+    """
+
+    def __init__(self, environment: Any, action_repeat: int) -> None:
+        self._environment = environment
+        self._action_repeat = action_repeat
+        self._action_dim = environment.action_spec().shape[0]
+
+    @property
+    def physics(self) -> Any:
+        """The simulator: a `dm_control.mujoco.Physics`."""
+        return self._environment.physics
+
+    @property
+    def task(self) -> Any:
+        """The reward and start states: a `dm_control.suite.base.Task`."""
+        return self._environment.task
+
+    def reset(self) -> dm_env.TimeStep:
+        """Returns the first time step of a new episode."""
+        return _flatten(self._environment.reset())
+
+    def step(self, action: Any) -> dm_env.TimeStep:
+        """Returns the time step after `action`; the first of a new episode if the last one had ended.
+
+        Raises:
+          ValueError: If the action has another shape than the specification.
+        """
+        if np.shape(action) != (self._action_dim,):
+            # MuJoCo would silently broadcast a single number to every actuator.
+            raise ValueError(
+                f"An action must have shape {(self._action_dim,)}; got {np.shape(action)}. "
+                "Pass one number an actuator."
+            )
+        reward, discount = 0.0, 1.0
+        for _ in range(self._action_repeat):
+            time_step = self._environment.step(np.asarray(action))
+            if time_step.first():
+                return _flatten(time_step)
+            reward += float(time_step.reward)
+            discount *= float(time_step.discount)
+            if time_step.last():
+                break
+        return _flatten(time_step)._replace(reward=reward, discount=discount)
+
+    def observation_spec(self) -> specs.Array:
+        """Returns the specification of the flat observation."""
+        size = sum(int(np.prod(spec.shape)) for spec in self._environment.observation_spec().values())
+        return specs.Array((size,), np.float32, name="observation")
+
+    def action_spec(self) -> specs.BoundedArray:
+        """Returns the specification of an action in [-1, 1]."""
+        ones = np.ones(self._action_dim, np.float32)
+        return specs.BoundedArray(ones.shape, np.float32, -ones, ones, name="action")
+
+    def close(self) -> None:
+        """Frees the simulator."""
+        self._environment.close()
+
+
+def _flatten(time_step: dm_env.TimeStep) -> dm_env.TimeStep:
+    return time_step._replace(observation=flat_observation(time_step.observation))
+
+
+def flat_observation(observation: Mapping[str, Any]) -> Float[np.ndarray, "O"]:
+    """Returns the suite's observation as ExoRL stores it: its entries in order, float32."""
+    return np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
+
+
+def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
+    """Returns the environment of a task.
+
+    Args:
+      task: Like "walker_run".
+      seed: Of the start states, in [0, 2**32). Equal seeds give equal episodes.
+      action_repeat: Control steps an action is held for; an episode then has that many times fewer steps.
+
+    Raises:
+      ValueError: If the task is unknown or a number is out of range.
+      ImportError: If MuJoCo is of a version that dm_control cannot work with.
+    """
+    domain = domain_of(task)
+    if action_repeat < 1:
+        raise ValueError(
+            f"action_repeat must be at least 1; got {action_repeat}. 1 acts at every control step."
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32); got {seed}. Choose a smaller number.")
+    _require_mujoco()
+    with _quiet():
+        from dm_control import suite
+        from dm_control.suite.wrappers import action_scale
+
+        environment = suite.load(domain, task.removeprefix(f"{domain}_"), task_kwargs={"random": seed})
+    return Environment(action_scale.Wrapper(environment, minimum=-1.0, maximum=1.0), action_repeat)
+
+
+def physics_state(environment: Environment) -> Float[np.ndarray, "P"]:
+    """Returns the simulator's state (qpos, qvel, activations) as ExoRL stores it: a float64 copy."""
+    return np.array(environment.physics.get_state(), np.float64)
+
+
+def _require_mujoco() -> None:
+    installed = importlib.metadata.version("mujoco")
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is None or not (3, 17) <= tuple(map(int, numbers.groups())) < (4, 0):
+        raise ImportError(
+            f"dm_control works with mujoco>=3.17,<4; mujoco {installed} is installed. "
+            'Run: pip install "mujoco>=3.17,<4".'
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what importing dm_control and compiling its models say and a user can do nothing about."""
+    absl = logging.getLogger("absl")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "settotalmass" not in record.getMessage()
+
+    absl.addFilter(is_news)
+    try:
+        with warnings.catch_warnings():
+            # Looking for a display that a machine without a screen does not have.
+            warnings.filterwarnings("ignore", module="glfw")
+            yield
+    finally:
+        absl.removeFilter(is_news)
