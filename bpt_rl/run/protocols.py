@@ -1,8 +1,8 @@
 """Numbers read from episode logs, each with a 95% interval: `first, last, mean, max, curve` and two controls.
 
 Intervals are percentile bootstraps with a fixed seed. Chains are the sample: episodes of one chain share a
-context, so they are never resampled apart. Several training seeds are resampled first, then the chains of each
-seed drawn. A percentile interval over few samples is too short (of 16 normal chains it covers the truth about
+context, so they are never resampled apart. Several training seeds are resampled first, then the chains of
+each. A percentile interval over few samples is too short (of 16 normal chains it covers the truth about
 92% of the time, of 4 about 80%): give enough chains.
 """
 

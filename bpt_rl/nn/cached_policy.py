@@ -1,0 +1,166 @@
+"""A trajectory model acting in environments, one forward pass of one step's tokens a step."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from bpt_rl.config import ModelConfig
+from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.trajectory_model import Step
+from bpt_rl.nn.transformer import KeyValueCache
+
+
+class CachedCarry(NamedTuple):
+    """A chain so far, for B environments. `act` takes over the cache: use each carry once."""
+
+    cache: KeyValueCache
+    num_steps: Int[np.ndarray, "B"]
+    """Steps in the context."""
+    is_cleared: Bool[np.ndarray, "B"]
+    """Where the context is to be forgotten before the next action."""
+    previous_action: Float[np.ndarray, "B A"]
+    previous_reward: Float[np.ndarray, "B"]
+    previous_completion: Float[np.ndarray, "B"]
+    previous_step: Int[np.ndarray, "B"]
+    previous_episode: Int[np.ndarray, "B"]
+    step: Int[np.ndarray, "B"]
+    episode: Int[np.ndarray, "B"]
+    return_to_go: Float[np.ndarray, "B"]
+    """Unscaled, as last given to `act`."""
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    graph: nnx.GraphDef[Any], params: Any, cache: KeyValueCache, is_cleared: jax.Array, inputs: Step
+) -> tuple[KeyValueCache, jax.Array]:
+    model = nnx.merge(graph, params)
+    cache = cache._replace(length=jnp.where(is_cleared, 0, cache.length))
+    action, cache = model.decode(inputs, cache)
+    return cache, action.mean
+
+
+class CachedPolicy:
+    """Policy of a trajectory model; its actions are those of the full forward pass over the chain so far."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef[Any],
+        params: Any,
+        config: ModelConfig,
+        normalizer: Normalizer,
+        *,
+        num_episodes: int,
+        clear_context: bool,
+        completion: str,
+    ) -> None:
+        """Binds parameters to a policy.
+
+        Args:
+          graph: Of a `TrajectoryModel`.
+          params: Its parameters.
+          config: Its configuration.
+          normalizer: Of its training data.
+          num_episodes: Episodes the context holds; one where it is cleared.
+          clear_context: Forget everything at each episode's end.
+          completion: `per_episode` or `per_step`, as in training.
+        """
+        self._graph = graph
+        self._params = params
+        self._config = config
+        self._normalizer = normalizer
+        self._clear_context = clear_context
+        self._completion = completion
+        self._model = nnx.merge(graph, params)
+        self._capacity = (1 if clear_context else num_episodes) * self._model.episode_steps
+
+    def start(self, num_environments: int) -> CachedCarry:
+        """Returns the carry of empty contexts."""
+        zeros = np.zeros(num_environments, np.float32)
+        indices = np.zeros(num_environments, np.int32)
+        return CachedCarry(
+            cache=self._model.init_cache(num_environments, self._capacity),
+            num_steps=indices,
+            is_cleared=np.zeros(num_environments, bool),
+            previous_action=np.zeros((num_environments, self._model.action_dim), np.float32),
+            previous_reward=zeros,
+            previous_completion=zeros,
+            previous_step=indices,
+            previous_episode=indices,
+            step=indices,
+            episode=indices,
+            return_to_go=zeros,
+        )
+
+    def act(
+        self, carry: CachedCarry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
+    ) -> tuple[CachedCarry, Float[np.ndarray, "B A"]]:
+        """Returns the next carry and the mean action.
+
+        Raises:
+          ValueError: If a context is full; nothing is ever dropped from it.
+        """
+        num_steps = np.where(carry.is_cleared, 0, carry.num_steps) + 1
+        if num_steps.max() > self._capacity:
+            raise ValueError(
+                f"The context must hold every step of its chain; it holds {self._capacity} and step "
+                f"{num_steps.max()} came. Make the policy with a larger num_episodes."
+            )
+        normalizer = self._normalizer
+        asked = np.asarray(return_to_go, np.float32)
+        inputs = Step(
+            previous_action=carry.previous_action,
+            previous_reward=carry.previous_reward / np.float32(normalizer.reward_scale),
+            previous_completion=carry.previous_completion,
+            previous_step=carry.previous_step,
+            previous_episode=carry.previous_episode,
+            return_to_go=asked / np.float32(normalizer.return_scale),
+            observation=(observation - normalizer.observation_mean) / normalizer.observation_std,
+            step=carry.step,
+            episode=carry.episode,
+        )
+        cache, mean = _decode(self._graph, self._params, carry.cache, carry.is_cleared, inputs)
+        action = np.asarray(mean)
+        carry = carry._replace(
+            cache=cache,
+            num_steps=num_steps,
+            is_cleared=np.zeros_like(carry.is_cleared),
+            previous_action=action,
+            return_to_go=asked,
+        )
+        return carry, action
+
+    def observe(
+        self, carry: CachedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
+    ) -> CachedCarry:
+        """Returns the carry after a step's reward."""
+        reached = carry.return_to_go - reward <= 1e-4 * self._normalizer.return_scale
+        if self._completion == "per_episode":
+            reached &= done
+        carry = carry._replace(
+            previous_reward=reward.astype(np.float32),
+            previous_completion=reached.astype(np.float32),
+            previous_step=carry.step,
+            previous_episode=carry.episode,
+            step=np.where(done, 0, carry.step + 1).astype(np.int32),
+            episode=(carry.episode + done).astype(np.int32),
+        )
+        return self._forget(carry, done) if self._clear_context else carry
+
+    def _forget(self, carry: CachedCarry, done: Bool[np.ndarray, "B"]) -> CachedCarry:
+        def clear(x: np.ndarray) -> np.ndarray:
+            return np.where(done.reshape(done.shape + (1,) * (x.ndim - 1)), 0, x).astype(x.dtype)
+
+        return carry._replace(
+            is_cleared=done.copy(),
+            previous_action=clear(carry.previous_action),
+            previous_reward=clear(carry.previous_reward),
+            previous_completion=clear(carry.previous_completion),
+            previous_step=clear(carry.previous_step),
+            previous_episode=clear(carry.previous_episode),
+            episode=clear(carry.episode),
+        )

@@ -1,0 +1,173 @@
+"""Steps of trajectories as tokens, through the transformer, to actions."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from bpt_rl.config import ModelConfig
+from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop
+from bpt_rl.types import LAYOUTS, PackedBatch
+
+
+class ActionDistribution(NamedTuple):
+    """What the model says of an action."""
+
+    mean: Float[jax.Array, "*batch A"]
+    """In (-1, 1)."""
+    log_std: Float[jax.Array, "*batch A"]
+    """Of a Gaussian around the mean; meaningless to a deterministic head."""
+
+
+class Step(NamedTuple):
+    """What one decoding step feeds in, in the model's units: the last step's outcome and this step's state."""
+
+    previous_action: Float[jax.Array, "B A"]
+    previous_reward: Float[jax.Array, "B"]
+    previous_completion: Float[jax.Array, "B"]
+    previous_step: Int[jax.Array, "B"]
+    previous_episode: Int[jax.Array, "B"]
+    return_to_go: Float[jax.Array, "B"]
+    observation: Float[jax.Array, "B O"]
+    step: Int[jax.Array, "B"]
+    episode: Int[jax.Array, "B"]
+
+
+class TrajectoryModel(nnx.Module):
+    """Predicts action_t from everything up to observation_t, and never from action_t.
+
+    Tokens of a step, in order; the action is read from the last token before it:
+      return_state_action_reward: return-to-go, observation, action, (reward, completion)
+      return_state_action:        return-to-go, observation, action
+      fused: one token of return-to-go, observation and the previous step's action, reward and completion
+
+    Source: Chen et al. 2021, section 3; Liu and Abbeel 2023, section 3. The fused layout is this project's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, observation_dim: int, action_dim: int, episode_steps: int, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.action_dim = action_dim
+        self.episode_steps = episode_steps
+        width = config.embed_dim
+
+        def linear(inputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, width, param_dtype=jnp.float32, rngs=rngs)
+
+        self.embed_return = linear(1)
+        self.embed_observation = linear(observation_dim)
+        self.embed_action = linear(action_dim)
+        if config.layout != "return_state_action":
+            self.embed_reward = linear(2)
+        embedding = nnx.initializers.normal(0.02)
+        self.embed_step = nnx.Embed(episode_steps, width, embedding_init=embedding, rngs=rngs)
+        if config.episode_embedding:
+            self.embed_episode = nnx.Embed(config.episode_embedding, width, embedding_init=embedding, rngs=rngs)
+        self.embed_norm = nnx.RMSNorm(width, param_dtype=jnp.float32, rngs=rngs)
+        self.transformer = Transformer(config, rngs)
+        outputs = 2 * action_dim if config.action_distribution == "gaussian" else action_dim
+        self.head = nnx.Linear(width, outputs, param_dtype=jnp.float32, rngs=rngs)
+
+    @property
+    def num_dummy(self) -> int:
+        """Tokens of the step before the first one, which decoding writes and nothing sees."""
+        return {"return_state_action_reward": 2, "return_state_action": 1, "fused": 0}[self.config.layout]
+
+    def _place(self, step: Int[jax.Array, "..."], episode: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
+        place = self.embed_step(step)
+        if self.config.episode_embedding:
+            place = place + self.embed_episode(jnp.minimum(episode, self.config.episode_embedding - 1))
+        return place
+
+    def _outcome(self, reward: jax.Array, completion: jax.Array) -> jax.Array:
+        return self.embed_reward(jnp.stack([reward, completion], axis=-1))
+
+    def _read(self, x: Float[jax.Array, "B T D"]) -> ActionDistribution:
+        output = self.head(x.astype(jnp.float32))
+        mean = jnp.tanh(output[..., : self.action_dim])
+        log_std = output[..., self.action_dim :]
+        return ActionDistribution(mean, jnp.clip(log_std, -5, 1) if log_std.size else jnp.zeros_like(mean))
+
+    def embed(self, batch: PackedBatch) -> Float[jax.Array, "B S D"]:
+        """Returns the token embeddings of a normalised batch, the tokens of a step side by side."""
+        place = self._place(batch.step, batch.episode)
+        return_to_go = self.embed_return(batch.return_to_go[..., None])
+        observation = self.embed_observation(batch.observation)
+        if self.config.layout == "fused":
+            previous_action, reward, completion = _previous(batch)
+            action = self.embed_action(previous_action)
+            tokens = [return_to_go + observation + action + self._outcome(reward, completion) + place]
+        else:
+            tokens = [return_to_go + place, observation + place, self.embed_action(batch.action) + place]
+            if self.config.layout == "return_state_action_reward":
+                tokens.append(self._outcome(batch.reward, batch.completion) + place)
+        stacked = jnp.stack(tokens, axis=2)
+        return self.embed_norm(stacked.reshape(stacked.shape[0], -1, stacked.shape[-1]))
+
+    def __call__(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> ActionDistribution:
+        """Returns the predicted action of every step of a normalised batch, [B, T, A]."""
+        tokens_per_step = LAYOUTS[self.config.layout]
+        x = self.embed(batch)
+        keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
+        x = drop(x, self.config.dropout, keys[0])
+        segment_ids = jnp.repeat(batch.segment_ids, tokens_per_step, axis=1)
+        x = self.transformer(x, segment_ids, keys[1])
+        # The observation's token is the second of several, or the only one.
+        return self._read(x[:, min(1, tokens_per_step - 1) :: tokens_per_step])
+
+    def init_cache(self, num_rows: int, num_steps: int) -> KeyValueCache:
+        """Returns an empty cache for contexts of `num_steps` steps."""
+        return self.transformer.init_cache(num_rows, num_steps * LAYOUTS[self.config.layout])
+
+    def decode(self, inputs: Step, cache: KeyValueCache) -> tuple[ActionDistribution, KeyValueCache]:
+        """Returns the action of the next step, [B, A], and the cache that holds its tokens.
+
+        One forward pass of one step's tokens: those the last step's outcome completes, then this step's state.
+        """
+        place = self._place(inputs.step, inputs.episode)
+        before = self._place(inputs.previous_step, inputs.previous_episode)
+        return_to_go = self.embed_return(inputs.return_to_go[:, None])
+        observation = self.embed_observation(inputs.observation)
+        action = self.embed_action(inputs.previous_action)
+        if self.config.layout == "fused":
+            outcome = self._outcome(inputs.previous_reward, inputs.previous_completion)
+            tokens = [return_to_go + observation + action + outcome + place]
+        else:
+            tokens = [action + before, return_to_go + place, observation + place]
+            if self.config.layout == "return_state_action_reward":
+                outcome = self._outcome(inputs.previous_reward, inputs.previous_completion)
+                tokens.insert(1, outcome + before)
+        x, cache = self.transformer.decode(self.embed_norm(jnp.stack(tokens, axis=1)), cache, self.num_dummy)
+        distribution = self._read(x[:, -1:])
+        return ActionDistribution(distribution.mean[:, 0], distribution.log_std[:, 0]), cache
+
+
+def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ids = batch.segment_ids
+    is_inside = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
+
+    def shift(x: jax.Array) -> jax.Array:
+        shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.where(is_inside.reshape(is_inside.shape + (1,) * (x.ndim - 2)), shifted, 0)
+
+    return shift(batch.action), shift(batch.reward), shift(batch.completion)
+
+
+def action_loss(
+    predicted: ActionDistribution,
+    action: Float[jax.Array, "B T A"],
+    loss_mask: Float[jax.Array, "B T"],
+    distribution: str,
+) -> Float[jax.Array, ""]:
+    """Returns the loss averaged over action dimensions and over the steps that count.
+
+    Mean squared error for `deterministic`; negative log-likelihood, up to its constant, for `gaussian`.
+    """
+    squared = jnp.square(predicted.mean - action)
+    if distribution == "gaussian":
+        squared = 0.5 * squared * jnp.exp(-2 * predicted.log_std) + predicted.log_std
+    per_step = squared.mean(axis=-1)
+    return jnp.sum(per_step * loss_mask) / jnp.maximum(jnp.sum(loss_mask), 1)

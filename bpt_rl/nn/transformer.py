@@ -1,0 +1,201 @@
+"""Pre-norm causal transformer with rotary positions, blockwise feedforward and a key-value cache."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from bpt_rl.config import ModelConfig
+from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn.feedforward import blockwise_map
+from bpt_rl.nn.rotary import apply_rotary
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of every layer, one [B, C, H_kv, K] array each, for contexts of up to C tokens."""
+
+    keys: tuple[Float[jax.Array, "B C H_kv K"], ...]
+    """Already turned by their rotary positions."""
+    values: tuple[Float[jax.Array, "B C H_kv K"], ...]
+    length: Int[jax.Array, "B"]
+    """Tokens held for each row; a row may be cleared by setting its length to 0."""
+
+
+def drop(x: Float[jax.Array, "B S D"], rate: float, key: jax.Array | None) -> Float[jax.Array, "B S D"]:
+    """Drops entries with probability `rate` and scales up the rest; none without a key."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and feedforward, each behind a norm and on a residual branch."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.embed_dim // config.num_heads
+        hidden = config.feedforward_dim or 4 * config.embed_dim
+        linear = functools.partial(
+            nnx.Linear, dtype=jnp.dtype(config.compute_dtype), param_dtype=jnp.float32, use_bias=False, rngs=rngs
+        )
+        # Residual branches start small, so that the variance of the stream does not grow with depth.
+        residual = nnx.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
+        width = config.num_heads * self.head_dim
+        self.attention_norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+        self.query = linear(config.embed_dim, width)
+        self.key = linear(config.embed_dim, self.num_kv_heads * self.head_dim)
+        self.value = linear(config.embed_dim, self.num_kv_heads * self.head_dim)
+        self.output = linear(width, config.embed_dim, kernel_init=residual)
+        self.feedforward_norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+        self.expand = linear(config.embed_dim, hidden)
+        self.contract = linear(hidden, config.embed_dim, kernel_init=residual)
+
+    def project(
+        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"]
+    ) -> tuple[Float[jax.Array, "B S H K"], Float[jax.Array, "B S H_kv K"], Float[jax.Array, "B S H_kv K"]]:
+        """Returns queries, keys and values, queries and keys turned by their positions."""
+        normed = self.attention_norm(x)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = apply_rotary(self.query(normed).reshape(heads), positions)
+        key = apply_rotary(self.key(normed).reshape(heads), positions)
+        return query, key, self.value(normed).reshape(heads)
+
+    def feedforward(self, x: Float[jax.Array, "B S D"]) -> Float[jax.Array, "B S D"]:
+        """Returns the feedforward branch, without its residual."""
+        return self.contract(ACTIVATIONS[self.config.activation](self.expand(self.feedforward_norm(x))))
+
+    def __call__(
+        self,
+        x: Float[jax.Array, "B S D"],
+        positions: Int[jax.Array, "B S"],
+        segment_ids: Int[jax.Array, "B S"],
+        dropout_key: jax.Array | None,
+    ) -> Float[jax.Array, "B S D"]:
+        """Returns the stream after this block; tokens see earlier tokens of their own segment."""
+        config = self.config
+        keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
+        query, key, value = self.project(x, positions)
+        attended = dot_product_attention(
+            query,
+            key,
+            value,
+            implementation=config.implementation,
+            segment_ids=segment_ids,
+            query_chunk_size=config.query_chunk_size,
+            key_chunk_size=config.key_chunk_size,
+        )
+        x = x + drop(self.output(attended.reshape(*x.shape[:2], -1)), config.dropout, keys[0])
+        branch = blockwise_map(self.feedforward, x, config.feedforward_chunk_size)
+        return x + drop(branch, config.dropout, keys[1])
+
+    def decode(
+        self,
+        x: Float[jax.Array, "B S D"],
+        cache_key: Float[jax.Array, "B C H_kv K"],
+        cache_value: Float[jax.Array, "B C H_kv K"],
+        length: Int[jax.Array, "B"],
+        num_dummy: int,
+    ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B C H_kv K"], Float[jax.Array, "B C H_kv K"]]:
+        """Returns the stream of S new tokens and the cache that holds them too.
+
+        Args:
+          x: New tokens, the same number in every row.
+          cache_key: Keys of the tokens before them.
+          cache_value: Values of the tokens before them.
+          length: Tokens before them, row by row.
+          num_dummy: First slots of the cache that no later token may see.
+        """
+        slots = length[:, None] + jnp.arange(x.shape[1])
+        query, key, value = self.project(x, slots)
+        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
+        cache_key = write(cache_key, key.astype(cache_key.dtype), length)
+        cache_value = write(cache_value, value.astype(cache_value.dtype), length)
+        attended = _cached_attention(query, cache_key, cache_value, slots, num_dummy)
+        x = x + self.output(attended.reshape(*x.shape[:2], -1))
+        return x + self.feedforward(x), cache_key, cache_value
+
+
+def _cached_attention(
+    query: Float[jax.Array, "B S H K"],
+    key: Float[jax.Array, "B C H_kv K"],
+    value: Float[jax.Array, "B C H_kv K"],
+    slots: Int[jax.Array, "B S"],
+    num_dummy: int,
+) -> Float[jax.Array, "B S H K"]:
+    B, S, H, K = query.shape
+    grouped = query.reshape(B, S, key.shape[2], -1, K)
+    logits = jnp.einsum("bsngk,bcnk->bngsc", grouped, key, preferred_element_type=jnp.float32) / jnp.sqrt(1.0 * K)
+    cached = jnp.arange(key.shape[1])
+    is_past = (cached <= slots[..., None]) & (cached >= num_dummy)
+    # A dummy sees itself, so that its softmax, which nothing reads, stays finite.
+    is_visible = is_past | (cached == slots[..., None])
+    weights = jax.nn.softmax(jnp.where(is_visible[:, None, None], logits, -jnp.inf), axis=-1)
+    attended = jnp.einsum("bngsc,bcnk->bsngk", weights.astype(value.dtype), value)
+    return attended.reshape(B, S, H, K).astype(query.dtype)
+
+
+class Transformer(nnx.Module):
+    """A stack of equal blocks, scanned over their stacked parameters, and a final norm."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        create = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
+        self.blocks = create(rngs.fork(split=config.num_layers))
+        self.norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[jax.Array, "B S D"],
+        segment_ids: Int[jax.Array, "B S"],
+        dropout_key: jax.Array | None = None,
+    ) -> Float[jax.Array, "B S D"]:
+        """Returns the normed stream of a packed batch of token embeddings.
+
+        Args:
+          x: Token embeddings.
+          segment_ids: Tokens see only tokens of their own segment.
+          dropout_key: Draws dropout; none without it.
+        """
+        graph, stacked = nnx.split(self.blocks)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        x = x.astype(self.config.compute_dtype)
+
+        def layer(stream: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            state, index = inputs
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return nnx.merge(graph, state)(stream, positions, segment_ids, key), None
+
+        body = jax.checkpoint(layer) if self.config.remat else layer
+        x, _ = jax.lax.scan(body, x, (stacked, jnp.arange(self.config.num_layers)))
+        return self.norm(x)
+
+    def init_cache(self, num_rows: int, capacity: int) -> KeyValueCache:
+        """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens."""
+        heads = self.config.num_kv_heads or self.config.num_heads
+        shape = (num_rows, capacity, heads, self.config.embed_dim // self.config.num_heads)
+        empty = [jnp.zeros(shape, self.config.compute_dtype) for _ in range(2 * self.config.num_layers)]
+        half = self.config.num_layers
+        return KeyValueCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(num_rows, jnp.int32))
+
+    def decode(
+        self, x: Float[jax.Array, "B S D"], cache: KeyValueCache, num_dummy: int = 0
+    ) -> tuple[Float[jax.Array, "B S D"], KeyValueCache]:
+        """Returns the normed stream of S new tokens a row, and the cache that holds them."""
+        graph, stacked = nnx.split(self.blocks)
+        x = x.astype(self.config.compute_dtype)
+        keys, values = [], []
+        # One array a layer, written in place where the caller donates it: a scan would copy the whole cache.
+        for i in range(self.config.num_layers):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            x, key, value = block.decode(x, cache.keys[i], cache.values[i], cache.length, num_dummy)
+            keys.append(key)
+            values.append(value)
+        length = cache.length + x.shape[1]
+        return self.norm(x), KeyValueCache(tuple(keys), tuple(values), length)

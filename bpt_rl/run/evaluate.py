@@ -1,0 +1,264 @@
+"""Evaluation in DMC: chains of episodes in one context, beside the controls that give them a meaning."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from bpt_rl.agents.base import Agent, Params, Policy
+from bpt_rl.agents.random import RandomPolicy
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.envs.vector import make_vector
+from bpt_rl.run import protocols, records
+from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.render import render_episode
+from bpt_rl.run.rollout import rollout
+from bpt_rl.run.train import init_state, make_optimizer
+from bpt_rl.types import DataStatistics, EpisodeLog
+
+SCHEMA = 1
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is rolled out, episodes done and episodes in all."""
+
+
+def evaluate(
+    policy: Policy,
+    task: str,
+    num_episodes: int,
+    num_chains: int,
+    *,
+    seed: int,
+    target_return: float = math.nan,
+    action_repeat: int = 1,
+    context: str = "chain",
+    environments: VectorEnv | None = None,
+    report_progress: Progress | None = None,
+) -> EpisodeLog:
+    """Returns the log of `num_chains` chains of `num_episodes` episodes, rolled out in parallel.
+
+    Args:
+      policy: Its context must hold `num_episodes` episodes.
+      task: Like "walker_run".
+      num_episodes: Episodes played one after another in one context (n).
+      num_chains: Chains, each in an environment of its own.
+      seed: Of the environments; the same seed gives every policy the same first start states.
+      target_return: Asked of each episode; NaN for a policy that asks for none.
+      action_repeat: Control steps an action is held for, as in training.
+      context: What the log is to be called: `chain`, `memoryless` or `random`.
+      environments: Made by `make_vector` with `num_chains` environments, to be used again; made here if None.
+      report_progress: Told of every finished episode of the first chain.
+
+    Raises:
+      ValueError: If a number is not positive or the task is unknown.
+    """
+    if num_episodes < 1 or num_chains < 1:
+        raise ValueError(
+            f"num_episodes and num_chains must be positive; got {num_episodes} and {num_chains}. Use at least 1."
+        )
+    if environments is None:
+        made = make_vector(task, num_chains, seed, action_repeat)
+        try:
+            return evaluate(
+                policy,
+                task,
+                num_episodes,
+                num_chains,
+                seed=seed,
+                target_return=target_return,
+                action_repeat=action_repeat,
+                context=context,
+                environments=made,
+                report_progress=report_progress,
+            )
+        finally:
+            made.close()
+    began = time.perf_counter()
+    returns = np.zeros((num_chains, num_episodes))
+    num_steps = np.zeros((num_chains, num_episodes), np.int64)
+    finished = np.zeros(num_chains, np.int64)
+    for transition in rollout(policy, environments, seed, target_return):
+        is_counted = finished < num_episodes
+        chains = np.flatnonzero(is_counted)
+        returns[chains, finished[chains]] += transition.reward[chains]
+        num_steps[chains, finished[chains]] += 1
+        finished[is_counted & transition.done] += 1
+        if report_progress and transition.done.any():
+            report_progress(context, int(finished.min()), num_episodes)
+        if (finished == num_episodes).all():
+            break
+    return EpisodeLog(
+        returns=returns,
+        num_steps=num_steps,
+        context=context,
+        task=task,
+        action_repeat=action_repeat,
+        target_return=target_return,
+        seed=seed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def load_params(folder: records.RunFolder) -> tuple[Agent, Params, int]:
+    """Returns the agent of a run, its newest parameters and their gradient step.
+
+    Raises:
+      FileNotFoundError: If the folder is no run folder or holds no complete checkpoint.
+      ValueError: If the checkpoint belongs to another architecture than the folder's configuration.
+    """
+    config = folder.config()
+    agent = make_agent(config, folder.statistics())
+    optimizer = make_optimizer(config.optimizer)
+    template = jax.eval_shape(lambda: init_state(agent, optimizer, config.seed))
+    with Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
+        if saved.latest_step is None:
+            raise FileNotFoundError(
+                f"A run must have a complete checkpoint to be evaluated; {folder.path} has none. "
+                "Run the same `bpt-rl train` command again: it goes on from where it was."
+            )
+        state = saved.restore(saved.latest_step, template)
+        return agent, state.params, saved.latest_step
+
+
+def target_of(config: EvaluateConfig, statistics: DataStatistics) -> tuple[float, str]:
+    """Returns the target return and the rule it came from, in words."""
+    if config.target == "largest":
+        base, rule = statistics.largest_return, "largest return in the data"
+    else:
+        base = float(np.quantile(statistics.returns, config.target_quantile))
+        rule = f"{config.target_quantile} quantile of the data's returns"
+    suffix = "" if config.target_multiple == 1 else f", times {config.target_multiple}"
+    return base * config.target_multiple, rule + suffix
+
+
+def num_episodes_of(config: EvaluateConfig, trained: TrainConfig) -> int:
+    """Returns the episodes of a chain: as asked; else for `at` those of training, for the others 4."""
+    return config.num_episodes or (trained.data.num_trajectories if trained.agent == "at" else 4)
+
+
+def evaluate_run(
+    path: Path,
+    config: EvaluateConfig,
+    *,
+    environments: VectorEnv | None = None,
+    command: str = "",
+    report_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Rolls out a run's newest checkpoint and its controls, writes them into the run folder, returns the record.
+
+    The record is one JSON object: what was rolled out, the logs by context (`chain`, `memoryless`, `random`) and
+    every protocol read from them. An agent without a context of several episodes has no `memoryless` log: its
+    `chain` log is one.
+
+    Args:
+      path: Run folder.
+      config: What to roll out.
+      environments: To be used again; must fit task, action repeat and number of chains.
+      command: Command line that repeats this.
+      report_progress: Told of finished episodes.
+    """
+    folder = records.RunFolder(path)
+    trained, statistics = folder.config(), folder.statistics()
+    agent, params, step = load_params(folder)
+    num_episodes = num_episodes_of(config, trained)
+    target, rule = target_of(config, statistics)
+    policies = {"chain": agent.policy(params, num_episodes=num_episodes)}
+    if config.memoryless and trained.agent == "at" and num_episodes > 1:
+        policies["memoryless"] = agent.policy(params, num_episodes=num_episodes, clear_context=True)
+    if config.random:
+        policies["random"] = RandomPolicy(statistics.action_dim, config.seed)
+    made = environments or make_vector(
+        statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
+    )
+    try:
+        logs = {
+            context: evaluate(
+                policy,
+                statistics.task,
+                num_episodes,
+                config.num_chains,
+                seed=config.seed,
+                target_return=math.nan if context == "random" or trained.agent == "bc" else target,
+                action_repeat=statistics.action_repeat,
+                context=context,
+                environments=made,
+                report_progress=report_progress,
+            )
+            for context, policy in policies.items()
+        }
+    finally:
+        if environments is None:
+            made.close()
+    record = {
+        "schema": SCHEMA,
+        "agent": trained.agent,
+        "run": path.name,
+        "step": step,
+        "task": statistics.task,
+        "num_episodes": num_episodes,
+        "num_chains": config.num_chains,
+        "num_trajectories": trained.data.num_trajectories,
+        "action_repeat": statistics.action_repeat,
+        "target_return": target,
+        "target_rule": rule,
+        "train_seed": trained.seed,
+        "environment_seed": config.seed,
+        "data": _data_summary(statistics, trained),
+        "logs": {context: records.log_to_json(log) for context, log in logs.items()},
+        "estimates": {context: _estimates(log) for context, log in logs.items()},
+        "versions": records.versions(),
+        "command": command,
+    }
+    digest = hashlib.sha256(json.dumps([record["step"], num_episodes, repr(config)]).encode()).hexdigest()[:8]
+    name = f"{step:08d}_{digest}"
+    records.write_json(folder.evaluations_path / f"{name}.json", record)
+    return record
+
+
+def _data_summary(statistics: DataStatistics, trained: TrainConfig) -> dict[str, Any]:
+    source, _, subset = statistics.source.rpartition(":")
+    return {
+        "source": source,
+        "subset": subset,
+        "digest": statistics.digest,
+        "mean_return": statistics.mean_return,
+        "largest_return": statistics.largest_return,
+        "num_episodes": statistics.num_episodes,
+        "top_fraction": trained.data.top_fraction,
+    }
+
+
+def _estimates(log: EpisodeLog) -> dict[str, Any]:
+    read = {name: getattr(protocols, name)(log) for name in ("first", "last", "mean", "max")}
+    values: dict[str, Any] = {
+        name: {"value": e.value, "low": e.low if e.has_interval else None, "high": e.high if e.has_interval else None}
+        for name, e in read.items()
+    }
+    values["curve"] = [e.value for e in protocols.curve(log)]
+    return values
+
+
+def render_run(path: Path, config: EvaluateConfig) -> str:
+    """Renders one episode of a run's newest checkpoint beside its evaluations; returns what came of it."""
+    folder = records.RunFolder(path)
+    statistics = folder.statistics()
+    agent, params, step = load_params(folder)
+    target, _ = target_of(config, statistics)
+    sentence = render_episode(
+        agent.policy(params),
+        statistics.task,
+        seed=config.seed,
+        action_repeat=statistics.action_repeat,
+        return_to_go=target,
+        path=folder.evaluations_path / f"{step:08d}.gif",
+    )
+    records.write_atomically(folder.evaluations_path / "rendering.txt", sentence + "\n")
+    return sentence

@@ -1,0 +1,229 @@
+"""Training: a pure step, and the loop that feeds, logs and checkpoints it."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bpt_rl import config as config_lib
+from bpt_rl.agents.base import Agent, Params
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import OptimizerConfig, TrainConfig
+from bpt_rl.datasets.sampling import ChainSampler, batches
+from bpt_rl.datasets.store import Store
+from bpt_rl.run import records
+from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.loggers import open_loggers
+from bpt_rl.types import PackedBatch
+
+UNFIXED_FIELDS = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger")
+"""Fields that may change between a run and its continuation: they do not change the parameters."""
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with steps done, steps in all and the last metrics."""
+
+
+class TrainState(NamedTuple):
+    """All that a gradient step reads and changes."""
+
+    step: jax.Array
+    """Gradient steps done."""
+    params: Params
+    optimizer_state: Any
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up, then cosine decay."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.num_steps,
+        end_value=config.learning_rate * config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay."""
+
+    def is_decayed(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(make_schedule(config), b2=0.95, weight_decay=config.weight_decay, mask=is_decayed),
+    )
+
+
+def init_state(agent: Agent, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Returns the state before the first step."""
+    params = agent.init(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    agent: Agent,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: PackedBatch,
+    key: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one gradient step and its metrics.
+
+    Args:
+      agent: Gives the loss.
+      optimizer: Turns its gradient into an update.
+      state: Before the step.
+      batch: Micro-batches stacked on a leading axis; the gradient of each step that counts weighs the same.
+      key: Draws dropout; the step number is folded in here.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+
+    def micro(total: Params, inputs: tuple[PackedBatch, jax.Array]) -> tuple[Params, dict[str, jax.Array]]:
+        micro_batch, index = inputs
+        weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
+        micro_key = jax.random.fold_in(step_key, index)
+        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(state.params, micro_batch, micro_key)
+        metrics = {name: weight * value for name, value in metrics.items()}
+        return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    indices = jnp.arange(len(batch.loss_mask))
+    gradient, metrics = jax.lax.scan(micro, zeros, (batch, indices))
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    metrics = {name: values.sum() for name, values in metrics.items()}
+    metrics["gradient_norm"] = optax.global_norm(gradient)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+def train(config: TrainConfig, report_progress: Progress | None = None) -> records.RunFolder:
+    """Trains to the configured number of steps, going on from the newest checkpoint of the run folder.
+
+    Interrupted at any step and called again, it ends with the parameters of an uninterrupted run, bit for bit
+    on the CPU.
+
+    Raises:
+      FileNotFoundError: If the store does not exist.
+      ValueError: If configuration, store and run folder do not fit together.
+      FloatingPointError: If loss or gradient stops being finite.
+    """
+    folder = records.RunFolder(Path(config.run))
+    with Store.open(config.data.store) as store, Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
+        statistics = store.statistics(config.data.task)
+        _check_continuation(config, folder, store.digest, saved.latest_step)
+        sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
+        agent = make_agent(config, statistics)
+        optimizer = make_optimizer(config.optimizer)
+        state = init_state(agent, optimizer, config.seed)
+        start = saved.latest_step or 0
+        if start:
+            state = saved.restore(start, jax.eval_shape(lambda s: s, state))
+        _write_description(config, folder, dataclasses.asdict(statistics), start)
+        _run_steps(config, folder, saved, agent, optimizer, state, start, sampler, report_progress)
+    return folder
+
+
+def _run_steps(
+    config: TrainConfig,
+    folder: records.RunFolder,
+    saved: Checkpoints,
+    agent: Agent,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    start: int,
+    sampler: ChainSampler,
+    report_progress: Progress | None,
+) -> None:
+    num_steps = config.optimizer.num_steps
+    step_function = jax.jit(functools.partial(train_step, agent, optimizer), donate_argnums=0)
+    schedule = make_schedule(config.optimizer)
+    key = jax.random.key(config.seed)
+    accumulation = config.optimizer.accumulation
+    tokens = sampler.num_rows * sampler.context_length * accumulation
+    began, logged = time.perf_counter(), start
+    source = batches(sampler, start * accumulation, num_steps * accumulation)
+    with open_loggers(config, folder) as log:
+        for step, batch in enumerate(_stacked(source, accumulation), start + 1):
+            state, metrics = step_function(state, batch, key)
+            values = {name: float(value) for name, value in metrics.items()}
+            _check_finite(values, step, folder, saved)
+            if step % config.log_every == 0 or step == num_steps:
+                elapsed = time.perf_counter() - began
+                values |= {
+                    "learning_rate": float(schedule(step - 1)),
+                    "tokens": float(step * tokens),
+                    "tokens_per_second": (step - logged) * tokens / elapsed,
+                }
+                log({"step": step, **values})
+                began, logged = time.perf_counter(), step
+            if report_progress:
+                report_progress(step, num_steps, values)
+            if step % config.checkpoint_every == 0 or step == num_steps:
+                saved.save(step, state)
+
+
+def _stacked(source: Iterator[PackedBatch], count: int) -> Iterator[PackedBatch]:
+    while micro := list(itertools.islice(source, count)):
+        yield PackedBatch(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))
+
+
+def _check_finite(values: Mapping[str, float], step: int, folder: records.RunFolder, saved: Checkpoints) -> None:
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"Loss and gradient must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, batch index "
+            f"{step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in {folder.checkpoints_path}. "
+            "Lower optimizer.learning_rate or check the data with `bpt-rl data verify`."
+        )
+
+
+def _check_continuation(config: TrainConfig, folder: records.RunFolder, digest: str, latest: int | None) -> None:
+    if latest is None:
+        return
+    old = folder.config()
+    before, now = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(config))
+    changed = [name for name in now if now[name] != before.get(name) and name not in UNFIXED_FIELDS]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"A run folder keeps one configuration; {folder.path} was trained with {name} = {before.get(name)!r}, "
+            f"and got {now[name]!r}. Name another folder with --run, or put the old value back."
+        )
+    if folder.statistics().digest != digest:
+        raise ValueError(
+            f"A run goes on with the data it began with; {folder.path} began with store digest "
+            f"{folder.statistics().digest[:12]}, and {config.data.store} has {digest[:12]}. Name another folder."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _write_description(
+    config: TrainConfig, folder: records.RunFolder, statistics: Mapping[str, Any], start: int
+) -> None:
+    records.write_atomically(folder.config_path, config_lib.to_toml(config))
+    records.write_json(folder.path / "statistics.json", statistics)
+    command = "bpt-rl " + " ".join(sys.argv[1:]) if os.path.basename(sys.argv[0]) == "bpt-rl" else "python"
+    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+    records.write_json(folder.path / "versions.json", records.versions() | {"command": command, "device": device})
+    kept = [line for line in folder.metrics() if line["step"] <= start]
+    records.write_atomically(folder.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
