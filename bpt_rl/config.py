@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.resources
+import json
 import tomllib
 import types
 import typing
@@ -19,8 +20,15 @@ T = TypeVar("T")
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if value <= 0:
+        if not value > 0:  # so that NaN fails too
             raise ValueError(f"{name} must be positive; got {value}. Choose a number above 0.")
+
+
+def _not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative; got {value}. Choose 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "embed_dim", "num_layers", "num_heads", "query_chunk_size", "key_chunk_size")
         _positive(self, "feedforward_chunk_size")
+        _not_negative(self, "feedforward_dim", "episode_embedding")
         if self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 f"embed_dim must be a multiple of 2 * num_heads, since rotary positions turn pairs; got "
@@ -132,6 +141,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
+        _not_negative(self, "final_learning_rate", "weight_decay")
         if not 0 <= self.warmup_steps < self.num_steps:
             raise ValueError(
                 f"warmup_steps must be smaller than num_steps; got {self.warmup_steps} and {self.num_steps}. "
@@ -166,6 +176,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        _not_negative(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +203,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_chains", "target_multiple")
+        _not_negative(self, "num_episodes", "num_workers", "seed")
         if not 0 <= self.target_quantile <= 1:
             raise ValueError(f"target_quantile must lie in [0, 1]; got {self.target_quantile}. 0.9 is usual.")
 
@@ -220,6 +232,7 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_steps", "action_repeat", "noise_scale")
+        _not_negative(self, "num_workers", "seed")
         if not 0 < self.noise_decay <= 1:
             raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is uncorrelated noise.")
 
@@ -246,6 +259,45 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "action_repeat")
+        _not_negative(self, "max_episodes", "num_workers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """A grid of runs over the number of trajectories and the seed."""
+
+    out: str = "runs/trajectory_count"
+    """Folder that receives one run folder a cell."""
+    num_trajectories: tuple[int, ...] = (1, 2, 4)
+    """Trajectories a chain, in training and at evaluation."""
+    seeds: tuple[int, ...] = (0,)
+    equal: Literal["tokens", "gradient_steps"] = "tokens"
+    """What cells have in common beside the number of gradient steps: trajectories a batch, or chains a batch."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Fixed settings; its batch_size is that of the largest count."""
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if not self.num_trajectories or not self.seeds or min(self.num_trajectories) < 1:
+            raise ValueError(
+                "A grid needs at least one seed and positive counts of trajectories; got "
+                f"num_trajectories {self.num_trajectories} and seeds {self.seeds}. Name some."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Everything `bpt-rl demo` does, station by station."""
+
+    out: str = "runs/demo"
+    """Folder that receives episodes, store, runs and report."""
+    collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
+    task: str = "cartpole_swingup"
+    """Task that the episodes are relabelled for and agents are trained on; not the one they were collected for."""
+    ablation: AblateConfig = dataclasses.field(default_factory=AblateConfig)
+    """Agentic Transformers over the number of trajectories."""
+    dt: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    bc: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 def load(config_type: type[T], name_or_path: str) -> T:
@@ -261,7 +313,7 @@ def load(config_type: type[T], name_or_path: str) -> T:
     """
     path = Path(name_or_path)
     if path.is_file():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     else:
         resource = importlib.resources.files("bpt_rl.configs").joinpath(f"{name_or_path}.toml")
         if not resource.is_file():
@@ -269,7 +321,7 @@ def load(config_type: type[T], name_or_path: str) -> T:
                 f"A configuration must be a TOML file or a preset; got {name_or_path!r}. "
                 f"Presets: {', '.join(preset_names())}."
             )
-        text = resource.read_text()
+        text = resource.read_text(encoding="utf-8")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -345,8 +397,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # A JSON string is a TOML string but for the one control character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     return repr(value)
