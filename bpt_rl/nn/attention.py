@@ -106,7 +106,7 @@ def _check_operands(query: Array, key: Array, value: Array, segment_ids: Array |
         )
     if segment_ids is not None and segment_ids.shape != (B, S):
         raise ValueError(
-            f"segment_ids must be [B, S] = {(B, S)}; got {segment_ids.shape}. Give each token one, 0 for padding."
+            f"segment_ids must be [B, S] = {(B, S)}; got {segment_ids.shape}. Padding takes id 0."
         )
 
 

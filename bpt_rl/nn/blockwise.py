@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -134,7 +135,7 @@ def _attend(plan: _Plan, chunks: _Chunks) -> Array:
 def _forward(plan: _Plan, chunks: _Chunks) -> tuple[Array, tuple[_Chunks, Array, Array]]:
     """Returns the output by query chunk, and what the backward pass needs."""
     stats_dtype = jnp.promote_types(chunks.query.dtype, jnp.float32)
-    lowest = jnp.finfo(stats_dtype).min
+    lowest = np.finfo(stats_dtype).min
 
     def query_chunk(i: Array) -> tuple[Array, Array]:
         def key_chunk(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -154,8 +155,8 @@ def _forward(plan: _Plan, chunks: _Chunks) -> tuple[Array, tuple[_Chunks, Array,
         return (total / row_sum).astype(chunks.query.dtype), row_max + jnp.log(row_sum)
 
     out, log_sum_exp = jax.lax.map(query_chunk, jnp.arange(plan.num_query_chunks))
-    out = checkpoint_name(out, RESIDUAL_NAME)
-    log_sum_exp = checkpoint_name(log_sum_exp, RESIDUAL_NAME)
+    out = checkpoint_name(out, RESIDUAL_NAME)  # type: ignore[no-untyped-call]
+    log_sum_exp = checkpoint_name(log_sum_exp, RESIDUAL_NAME)  # type: ignore[no-untyped-call]
     return out, (chunks, out, log_sum_exp)
 
 
@@ -204,7 +205,7 @@ def _logits(plan: _Plan, chunks: _Chunks, i: Array, j: Array) -> Array:
     if chunks.query_segment_ids is not None and chunks.key_segment_ids is not None:
         same_segment = chunks.query_segment_ids[i][:, :, None] == chunks.key_segment_ids[j][:, None, :]
         allowed &= same_segment[:, None]
-    return jnp.where(allowed, logits, jnp.finfo(logits.dtype).min)
+    return jnp.where(allowed, logits, np.finfo(logits.dtype).min)
 
 
 def _matmul(subscripts: str, left: Array, right: Array) -> Array:

@@ -17,9 +17,9 @@ def apply_rotary(
     """Returns `x` with each pair of entries turned by its position times the pair's frequency.
 
     Half-split pairs: entry k goes with entry k + K/2 and turns by position * base^(-2k/K) radians. The
-    rotation is computed in float32 (float64 for float64 `x`); the result has the type of `x`. Angles are right
-    within 4e-6 radians at 2 million tokens, and a dot product of two rotated vectors depends on their distance
-    alone, up to float32 rounding.
+    rotation is computed in float32 (float64 for float64 `x`); the result has the type of `x`. Angles are
+    right within 4e-6 radians at 2 million tokens, and a dot product of two rotated vectors depends on their
+    distance alone, up to float32 rounding.
 
     Args:
       x: Queries or keys; K even.
@@ -52,4 +52,5 @@ def _angles(positions: Array, half_dim: int, base: float) -> Array:
     high = np.round(turns)
     low = np.round((turns - high) * 2**_LOW_BITS)
     position = positions.astype(jnp.int32)[..., None]
-    return position * high.astype(np.int32) + ((position * low.astype(np.int32)) >> _LOW_BITS)
+    angle: Array = position * high.astype(np.int32) + (position * low.astype(np.int32) >> _LOW_BITS)
+    return angle
