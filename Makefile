@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint wheel clean
 .DELETE_ON_ERROR:
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
-	@$(PYTHON) -c 'import venv, ensurepip' || { echo 'Python has no venv module here. On Debian or Ubuntu: apt install python3-venv'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,video]'
+	@command -v $(PYTHON) >/dev/null || { echo 'There is no $(PYTHON) here. Install Python 3.11 or newer, or name yours: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12 ..." % v[:2] if v < (3, 11) else 0)'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo '$(PYTHON) lacks its venv module. On Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'Installing into $(VENV): about a minute, 1.2 GB.'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --upgrade 'pip>=24'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,video]'
+	@# Python 3.13 and newer only, a no-op before: pyproject.toml says why.
+	@$(PIP) install --constraint constraints.txt --no-deps dm_control
 	@touch $@
 
 demo: $(INSTALLED)
@@ -26,9 +31,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel is built from the sdist in a folder of its own, so nothing stale in build/ can get in.
 wheel: $(INSTALLED)
-	rm -rf dist build
-	$(BIN)/python -m build --quiet .
+	rm -rf dist
+	$(BIN)/python -m build .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -113,12 +113,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_trajectories", "batch_size")
+        _not_negative(self, "window", "context_length")
         if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 0.1 keeps the best 10%.")
-        if self.window < 0 or self.context_length < 0:
             raise ValueError(
-                f"window and context_length must not be negative; got {self.window} and {self.context_length}. "
-                "0 means whole trajectories and one chain a row."
+                f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 0.1 keeps the best 10%."
             )
 
 
@@ -234,7 +232,9 @@ class CollectConfig:
         _positive(self, "num_steps", "action_repeat", "noise_scale")
         _not_negative(self, "num_workers", "seed")
         if not 0 < self.noise_decay <= 1:
-            raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is uncorrelated noise.")
+            raise ValueError(
+                f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is uncorrelated noise."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,14 +325,18 @@ def load(config_type: type[T], name_or_path: str) -> T:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"A configuration must be valid TOML; {name_or_path}: {error}. Mend that line.") from error
+        raise ValueError(
+            f"A configuration must be valid TOML; {name_or_path}: {error}. Mend that line."
+        ) from error
     return from_mapping(config_type, values)
 
 
 def preset_names() -> list[str]:
     """Returns the names of the presets in `configs/`."""
     folder = importlib.resources.files("bpt_rl.configs")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def from_mapping(config_type: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -11,12 +11,15 @@ CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 os.environ["JAX_PLATFORMS"] = os.environ.get("BPT_RL_TEST_PLATFORM", "cpu")
 # Eight virtual CPU devices, so that sharding is tested without accelerators.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    )
 # Compiled programs are kept between runs and shared with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Every annotation of the package is checked at run time, shapes included.
-jaxtyping.install_import_hook("bpt_rl", "beartype.beartype")
+# Every annotation of the package is checked at run time, shapes included. As for type checkers, an int will do
+# where a float is asked for.
+jaxtyping.install_import_hook("bpt_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

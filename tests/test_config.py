@@ -8,9 +8,11 @@ import pytest
 
 from bpt_rl import config as config_lib
 from bpt_rl.config import (
+    AblateConfig,
     BuildConfig,
     CollectConfig,
     DataConfig,
+    DemoConfig,
     EvaluateConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,7 +23,17 @@ from bpt_rl.config import (
     to_toml,
 )
 
-ALL = (ModelConfig, DataConfig, OptimizerConfig, TrainConfig, EvaluateConfig, CollectConfig, BuildConfig)
+ALL = (
+    ModelConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    EvaluateConfig,
+    CollectConfig,
+    BuildConfig,
+    AblateConfig,
+    DemoConfig,
+)
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, remat=False),
     DataConfig(store='a "quoted" \\ path\nof two lines\t\x7fé', top_fraction=0.1, window=7, loss_on="last"),
@@ -69,7 +81,10 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"sed": 1}, "field of TrainConfig; got 'sed'.*valid key: 'seed'"),
-        ({"model": {"num_layer": 1}}, "field of ModelConfig; got 'model.num_layer'.*valid key: 'model.num_layers'"),
+        (
+            {"model": {"num_layer": 1}},
+            "field of ModelConfig; got 'model.num_layer'.*valid key: 'model.num_layers'",
+        ),
         ({"data": {"top-fractoin": 1.0}}, "got 'data.top-fractoin'.*valid key: 'data.top_fraction'"),
         ({"seed": "3"}, "seed must be of type int; got '3'"),
         ({"seed": 3.0}, "seed must be of type int; got 3.0"),
@@ -79,7 +94,10 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"model": {"dropout": False}}, "model.dropout must be of type float; got False"),
         ({"model": "small"}, "model must be of type ModelConfig; got 'small'"),
         ({"agent": "ppo"}, "agent must be one of at, dt, bc; got 'ppo'"),
-        ({"model": {"layout": "Fused"}}, "model.layout must be one of return_state_action_reward, .*; got 'Fused'"),
+        (
+            {"model": {"layout": "Fused"}},
+            "model.layout must be one of return_state_action_reward, .*; got 'Fused'",
+        ),
         ({"logger": "wandb"}, "logger must be of type .*tuple.*; got 'wandb'"),
         ({"logger": ["mlflow"]}, "logger must be one of tensorboard, wandb; got 'mlflow'"),
     ],
@@ -102,7 +120,7 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (ModelConfig, {"feedforward_dim": -8}, "feedforward_dim"),
         (ModelConfig, {"episode_embedding": -1}, "episode_embedding"),
         (DataConfig, {"top_fraction": 0.0}, "top_fraction must lie in"),
-        (DataConfig, {"window": -1}, "window and context_length must not be negative; got -1 and 0"),
+        (DataConfig, {"window": -1}, "window must not be negative; got -1"),
         (OptimizerConfig, {"num_steps": 10, "warmup_steps": 10}, "warmup_steps must be smaller.*10 and 10"),
         (OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate must be positive; got nan"),
         (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay"),
@@ -127,7 +145,9 @@ def test_invalid_toml_names_the_file_and_the_line(tmp_path: Path) -> None:
 
 
 def test_missing_preset_lists_the_presets() -> None:
-    with pytest.raises(FileNotFoundError, match="TOML file or a preset; got 'no_such_preset'.*Presets: ") as caught:
+    with pytest.raises(
+        FileNotFoundError, match="TOML file or a preset; got 'no_such_preset'.*Presets: "
+    ) as caught:
         load(TrainConfig, "no_such_preset")
     assert all(name in str(caught.value) for name in preset_names())
 

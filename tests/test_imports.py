@@ -48,10 +48,15 @@ def imported_names(module: str, tree: ast.AST, is_package: bool) -> Iterator[str
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level:
-                anchor = module.split(".")[: None if is_package and node.level == 1 else is_package - node.level]
+                anchor = module.split(".")[
+                    : None if is_package and node.level == 1 else is_package - node.level
+                ]
                 source = ".".join([*anchor, *([source] if source else [])])
             yield from (f"{source}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
             if node.args and isinstance(node.args[0], ast.Constant):
                 yield str(node.args[0].value)
 
@@ -131,7 +136,11 @@ def test_the_walk_finds_each_mapped_folder() -> None:
         ("bpt_rl.datasets.store", "from bpt_rl.nn.attention import dot_product_attention", "room 2.*room 3"),
         ("bpt_rl.datasets.store", "from ..nn import attention", "room 2.*room 3"),
         ("bpt_rl.nn.cache", "def f():\n    from bpt_rl.agents import base", "room 3.*room 4"),
-        ("bpt_rl.nn.cache", "import importlib\nimportlib.import_module('bpt_rl.agents.base')", "room 3.*room 4"),
+        (
+            "bpt_rl.nn.cache",
+            "import importlib\nimportlib.import_module('bpt_rl.agents.base')",
+            "room 3.*room 4",
+        ),
         ("bpt_rl.agents.dt", "from bpt_rl.run import train", "room 4.*room 5"),
         ("bpt_rl.run.train", "from bpt_rl import cli", "room 5.*room 6"),
         ("bpt_rl.agents.dt", "from bpt_rl.agents import at", "never import each other"),
@@ -156,7 +165,10 @@ def test_the_checker_catches(module: str, source: str, complaint: str) -> None:
     ("module", "source"),
     [
         ("bpt_rl.envs.tasks", "from dm_control import suite\nimport mujoco"),
-        ("bpt_rl.agents.at", "from bpt_rl.agents import base\nfrom . import base as b\nimport jax.numpy as jnp"),
+        (
+            "bpt_rl.agents.at",
+            "from bpt_rl.agents import base\nfrom . import base as b\nimport jax.numpy as jnp",
+        ),
         ("bpt_rl.agents.registry", "from bpt_rl.agents import at, bc, dt"),
         ("bpt_rl.run.train", "from bpt_rl import types\nimport bpt_rl\njax.__version__"),
         ("bpt_rl.cli", "from bpt_rl.run import train\nfrom bpt_rl.datasets import exorl"),

@@ -32,7 +32,9 @@ def checkout_files() -> list[Path]:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-    return [ROOT / name for name in names if name and (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
+    return [
+        ROOT / name for name in names if name and (ROOT / name).is_file() and not (ROOT / name).is_symlink()
+    ]
 
 
 def run_python(source: str, *, cwd: Path, path: list[Path]) -> str:
@@ -40,7 +42,11 @@ def run_python(source: str, *, cwd: Path, path: list[Path]) -> str:
     preamble = f"import sys; sys.path[:0] = {[str(entry) for entry in path]!r}\n"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", preamble + source], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", preamble + source],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -99,7 +105,9 @@ def test_wheel_and_sdist_hold_the_code_once(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
     for folder in ("bpt_rl", *MAPPED):
-        shutil.copytree(ROOT / folder, checkout / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, checkout / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (checkout / "configs" / "probe.toml").touch()
     (checkout / "build" / "lib" / "datasets").mkdir(parents=True)
     (checkout / "build" / "lib" / "datasets" / "stale.py").touch()
@@ -108,7 +116,9 @@ def test_wheel_and_sdist_hold_the_code_once(tmp_path: Path) -> None:
 
     wheel = zipfile.ZipFile(next(out.glob("*.whl"))).namelist()
     code = [path for path in checkout.rglob("*.py") if "build" not in path.relative_to(checkout).parts]
-    below = {(Path("bpt_rl") / p if p.parts[0] in MAPPED else p) for p in (c.relative_to(checkout) for c in code)}
+    below = {
+        (Path("bpt_rl") / p if p.parts[0] in MAPPED else p) for p in (c.relative_to(checkout) for c in code)
+    }
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"bpt_rl"}
     assert sorted(name for name in wheel if name.endswith(".py")) == sorted(map(str, below))
     assert {"bpt_rl/py.typed", "bpt_rl/configs/probe.toml"} <= set(wheel)

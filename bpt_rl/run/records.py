@@ -15,7 +15,18 @@ import numpy as np
 from bpt_rl import config as config_lib
 from bpt_rl.types import DataStatistics, EpisodeLog
 
-PACKAGES = ("bpt-rl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "dm_control", "mujoco", "h5py")
+PACKAGES = (
+    "bpt-rl",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "dm_control",
+    "mujoco",
+    "h5py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +91,17 @@ class RunFolder:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
+    """Writes a file as UTF-8 so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
