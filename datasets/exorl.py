@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -12,6 +11,7 @@ from typing import IO
 import numpy as np
 from jaxtyping import Shaped
 
+from bpt_rl.datasets import whole_file
 from bpt_rl.types import Trajectory
 
 KEYS = ("observation", "action", "reward", "discount", "physics")
@@ -67,21 +67,8 @@ def write_episode(path: str | os.PathLike[str], trajectory: Trajectory) -> None:
         )
     for key in KEYS[:-1]:
         arrays[key] = arrays[key].astype(np.float32)
-    content = BytesIO()
-    np.savez_compressed(content, **arrays, **trajectory.extras)  # type: ignore[arg-type]
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"An episode must be written whole; {path}: {error.strerror}. Free space or name another folder.",
-        ) from error
+    with whole_file.whole_file(path) as file:
+        np.savez_compressed(file, **arrays, **trajectory.extras)  # type: ignore[arg-type]
 
 
 def list_episodes(source: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -156,6 +143,9 @@ def _damaged(name: str, error: Exception) -> str:
 
 def _parse(content: bytes, name: str) -> Trajectory:
     try:
+        # NumPy takes anything that is no zip for a pickle, and advises to load it unsafely.
+        if not content.startswith(b"PK"):
+            raise ValueError("it does not begin like a zip")
         with np.load(BytesIO(content), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     # NumPy has no error of its own: a cut header, deflate stream or checksum each raise another.
@@ -207,5 +197,6 @@ def _check_array(key: str, values: Shaped[np.ndarray, "..."], rows: int, name: s
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(
-            f"{key} must be finite; got {values[row][~np.isfinite(values[row])][0]} in row {row} of {name}. Leave this file out."
+            f"{key} must be finite; got {values[row][~np.isfinite(values[row])][0]} in row {row} of "
+            f"{name}. Leave this file out."
         )

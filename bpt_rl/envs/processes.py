@@ -5,7 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ def num_processes(requested: int, at_most: int) -> int:
 
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yields `function(item)` in the order of the items, computed in `num_workers` processes.
 
     Items are drawn only a few ahead of the results, so that an endless stream fits into memory. One worker

@@ -1,0 +1,135 @@
+"""Recording exploratory episodes in ExoRL's layout."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bpt_rl import config as config_lib
+from bpt_rl.agents.ornstein_uhlenbeck import OrnsteinUhlenbeckPolicy
+from bpt_rl.agents.random import RandomPolicy
+from bpt_rl.config import CollectConfig
+from bpt_rl.datasets import exorl
+from bpt_rl.envs import processes, tasks
+from bpt_rl.run import records
+from bpt_rl.types import Trajectory
+
+_FREE_FIELDS = ("num_steps", "num_workers", "out")
+"""Fields of the configuration that no recorded episode depends on."""
+
+
+def collect(config: CollectConfig, report_progress: Callable[[int, int], None] | None = None) -> Path:
+    """Returns the folder `{out}/{domain}/{algorithm}/buffer`, filled with episodes in ExoRL's layout.
+
+    Episode i depends on the configuration and (seed, i) alone. Whole episodes that lie there already are
+    kept, so that an interrupted collection goes on and a larger one adds to it. The configuration is written
+    beside the buffer, as collect.toml.
+
+    Args:
+      config: What to record, and where.
+      report_progress: Called with the episodes there and their number, first for those kept.
+
+    Raises:
+      ValueError: If the task is unknown, the action repeat does not divide an episode, or the folder holds
+        episodes of another configuration.
+      OSError: If an episode cannot be written.
+    """
+    domain = tasks.domain_of(config.task)
+    episode_steps = tasks.DOMAINS[domain].episode_steps
+    if episode_steps % config.action_repeat:
+        raise ValueError(
+            f"action_repeat must divide the {episode_steps} control steps of an episode; got "
+            f"{config.action_repeat}. Use a divisor, like 2, 4 or 5."
+        )
+    buffer = Path(config.out) / domain / config.algorithm / "buffer"
+    num_episodes = -(-config.num_steps // episode_steps)
+    _claim(buffer.parent, config)
+    names = [f"episode_{i:06d}_{episode_steps}.npz" for i in range(num_episodes)]
+    missing = [(i, buffer / name) for i, name in enumerate(names) if not _is_whole(buffer / name)]
+    done = num_episodes - len(missing)
+    if report_progress:
+        report_progress(done, num_episodes)
+    num_workers = processes.num_processes(config.num_workers, max(1, len(missing)))
+    record = functools.partial(_write, config=config)
+    for _ in processes.map_in_order(record, missing, num_workers=num_workers):
+        done += 1
+        if report_progress:
+            report_progress(done, num_episodes)
+    return buffer
+
+
+def record_episode(config: CollectConfig, index: int) -> Trajectory:
+    """Returns episode `index`: every control step, with its own state and reward under `config.task`."""
+    # The first seed is that of environment `index` in `make_vector`, too.
+    environment_seed, policy_seed = np.random.SeedSequence([config.seed, index]).generate_state(2)
+    environment = tasks.make(config.task, int(environment_seed))
+    policy = _policy(config, environment.action_spec().shape[0], int(policy_seed))
+    time_step = environment.reset()
+    action = np.zeros(environment.action_spec().shape, np.float32)
+    observations, actions = [time_step.observation], [action]
+    rewards, states = [0.0], [tasks.physics_state(environment)]
+    carry = policy.start(1)
+    while not time_step.last():
+        if (len(actions) - 1) % config.action_repeat == 0:
+            carry, (action,) = policy.act(carry, time_step.observation[None], np.zeros(1))
+        time_step = environment.step(action)
+        observations.append(time_step.observation)
+        actions.append(action)
+        rewards.append(time_step.reward)
+        states.append(tasks.physics_state(environment))
+    environment.close()
+    return Trajectory(
+        observation=np.stack(observations),
+        action=np.stack(actions),
+        reward=_column(rewards),
+        discount=_column([1.0] * len(rewards)),
+        physics=np.stack(states),
+    )
+
+
+def _policy(config: CollectConfig, action_dim: int, seed: int) -> Any:
+    if config.algorithm == "random":
+        return RandomPolicy(action_dim, seed)
+    return OrnsteinUhlenbeckPolicy(action_dim, seed, config.noise_decay, config.noise_scale)
+
+
+def _column(values: list[float]) -> Float[np.ndarray, "T1 1"]:
+    return np.array(values, np.float32)[:, None]
+
+
+def _write(episode: tuple[int, Path], *, config: CollectConfig) -> None:
+    index, path = episode
+    exorl.write_episode(path, record_episode(config, index))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        exorl.read_episode(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _claim(folder: Path, config: CollectConfig) -> None:
+    """Writes the configuration beside the buffer, or checks that the one there makes the same episodes."""
+    path = folder / "collect.toml"
+    if not path.exists():
+        if any((folder / "buffer").glob("*.npz")):
+            raise ValueError(
+                f"A folder must hold the episodes of one collection; {folder} holds others. "
+                "Choose another `out`."
+            )
+        records.write_atomically(path, config_lib.to_toml(config))
+        return
+    there = config_lib.load(CollectConfig, str(path))
+    for field in dataclasses.fields(config):
+        old, new = getattr(there, field.name), getattr(config, field.name)
+        if field.name not in _FREE_FIELDS and old != new:
+            raise ValueError(
+                f"A folder must hold the episodes of one collection; {folder} was collected with "
+                f"{field.name} = {old!r}, and {new!r} is asked for. Choose another `out`, or the same value."
+            )
