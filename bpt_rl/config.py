@@ -73,7 +73,7 @@ class ModelConfig:
         if self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 f"embed_dim must be a multiple of 2 * num_heads, since rotary positions turn pairs; got "
-                f"{self.embed_dim} and {self.num_heads}. Choose an embed_dim divisible by {2 * self.num_heads}."
+                f"{self.embed_dim} and {self.num_heads}. Choose a multiple of {2 * self.num_heads}."
             )
         if self.num_kv_heads < 0 or self.num_heads % max(self.num_kv_heads, 1):
             raise ValueError(
@@ -115,9 +115,7 @@ class DataConfig:
         _positive(self, "num_trajectories", "batch_size")
         _not_negative(self, "window", "context_length")
         if not 0 < self.top_fraction <= 1:
-            raise ValueError(
-                f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 0.1 keeps the best 10%."
-            )
+            raise ValueError(f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 1 keeps all.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +180,7 @@ class EvaluateConfig:
     """Rollouts of a trained run in DMC."""
 
     num_episodes: int = 0
-    """Episodes of a chain, in one context (n); 0 means the run's num_trajectories, at least 4 for dt and bc."""
+    """Episodes of a chain, in one context (n); 0 means the run's num_trajectories, 4 or more for dt, bc."""
     num_chains: int = 16
     """Chains rolled out in parallel, each in an environment of its own."""
     target: Literal["largest", "quantile"] = "largest"
@@ -232,9 +230,7 @@ class CollectConfig:
         _positive(self, "num_steps", "action_repeat", "noise_scale")
         _not_negative(self, "num_workers", "seed")
         if not 0 < self.noise_decay <= 1:
-            raise ValueError(
-                f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is uncorrelated noise."
-            )
+            raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is white noise.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +245,7 @@ class BuildConfig:
     domain: str = ""
     """Needed only if no task is named and the folder's path does not say the domain."""
     action_repeat: int = 1
-    """Control steps an agent's action spans: rows are merged, rewards added. Actions must be constant there."""
+    """Control steps an agent's action spans: rows are merged, rewards added; it must be constant there."""
     subset: str = "full"
     """Name of the subset; it travels to every result."""
     max_episodes: int = 0
@@ -272,7 +268,7 @@ class AblateConfig:
     """Trajectories a chain, in training and at evaluation."""
     seeds: tuple[int, ...] = (0,)
     equal: Literal["tokens", "gradient_steps"] = "tokens"
-    """What cells have in common beside the number of gradient steps: trajectories a batch, or chains a batch."""
+    """What cells share beside the number of gradient steps: trajectories a batch, or chains a batch."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """Fixed settings; its batch_size is that of the largest count."""
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
@@ -293,7 +289,7 @@ class DemoConfig:
     """Folder that receives episodes, store, runs and report."""
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     task: str = "cartpole_swingup"
-    """Task that the episodes are relabelled for and agents are trained on; not the one they were collected for."""
+    """Task that episodes are relabelled for and agents trained on; not the one they were collected for."""
     ablation: AblateConfig = dataclasses.field(default_factory=AblateConfig)
     """Agentic Transformers over the number of trajectories."""
     dt: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -325,18 +321,15 @@ def load(config_type: type[T], name_or_path: str) -> T:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"A configuration must be valid TOML; {name_or_path}: {error}. Mend that line."
-        ) from error
+        raise ValueError(f"A configuration must be valid TOML; {name_or_path}: {error}. Mend it.") from error
     return from_mapping(config_type, values)
 
 
 def preset_names() -> list[str]:
     """Returns the names of the presets in `configs/`."""
     folder = importlib.resources.files("bpt_rl.configs")
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def from_mapping(config_type: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

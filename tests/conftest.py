@@ -20,6 +20,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Every annotation of the package is checked at run time, shapes included. As for type checkers, an int will do
-# where a float is asked for.
+# Every annotation of the package is checked at run time, shapes included. As for mypy, an int will do where a
+# float is asked for.
 jaxtyping.install_import_hook("bpt_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

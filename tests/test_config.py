@@ -83,7 +83,7 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"sed": 1}, "field of TrainConfig; got 'sed'.*valid key: 'seed'"),
         (
             {"model": {"num_layer": 1}},
-            "field of ModelConfig; got 'model.num_layer'.*valid key: 'model.num_layers'",
+            "ModelConfig; got 'model.num_layer'.*valid key: 'model.num_layers'",
         ),
         ({"data": {"top-fractoin": 1.0}}, "got 'data.top-fractoin'.*valid key: 'data.top_fraction'"),
         ({"seed": "3"}, "seed must be of type int; got '3'"),
@@ -96,7 +96,7 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"agent": "ppo"}, "agent must be one of at, dt, bc; got 'ppo'"),
         (
             {"model": {"layout": "Fused"}},
-            "model.layout must be one of return_state_action_reward, .*; got 'Fused'",
+            "model.layout must be one of return_state_.*; got 'Fused'",
         ),
         ({"logger": "wandb"}, "logger must be of type .*tuple.*; got 'wandb'"),
         ({"logger": ["mlflow"]}, "logger must be one of tensorboard, wandb; got 'mlflow'"),
@@ -112,7 +112,7 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
     [
         (ModelConfig, {"embed_dim": 0}, "embed_dim must be positive; got 0"),
         (ModelConfig, {"key_chunk_size": -1}, "key_chunk_size must be positive; got -1"),
-        (ModelConfig, {"embed_dim": 6, "num_heads": 2}, "multiple of 2 \\* num_heads.*divisible by 4"),
+        (ModelConfig, {"embed_dim": 6, "num_heads": 2}, "multiple of 2 \\* num_heads.*a multiple of 4"),
         (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads; got 3 and 4"),
         (ModelConfig, {"num_kv_heads": -1}, "num_kv_heads must divide num_heads; got -1"),
         (ModelConfig, {"dropout": 1.0}, "dropout must lie in"),
@@ -145,9 +145,7 @@ def test_invalid_toml_names_the_file_and_the_line(tmp_path: Path) -> None:
 
 
 def test_missing_preset_lists_the_presets() -> None:
-    with pytest.raises(
-        FileNotFoundError, match="TOML file or a preset; got 'no_such_preset'.*Presets: "
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"preset; got 'no_such_preset'.*Presets: ") as caught:
         load(TrainConfig, "no_such_preset")
     assert all(name in str(caught.value) for name in preset_names())
 

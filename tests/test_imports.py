@@ -20,6 +20,7 @@ ROOMS = {
 }
 FOLDERS = {"bpt_rl": "bpt_rl", "agents": "bpt_rl.agents", "datasets": "bpt_rl.datasets"}
 SIMULATORS = {"dm_control", "mujoco"}
+IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 BARE = {"agents", "datasets", "configs"}
 
 
@@ -48,17 +49,14 @@ def imported_names(module: str, tree: ast.AST, is_package: bool) -> Iterator[str
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level:
-                anchor = module.split(".")[
-                    : None if is_package and node.level == 1 else is_package - node.level
-                ]
+                parents = node.level - is_package
+                anchor = module.split(".")[: -parents or None]
                 source = ".".join([*anchor, *([source] if source else [])])
             yield from (f"{source}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "importlib.import_module",
-            "__import__",
-        ):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
+            yield from (
+                str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)
+            )
 
 
 def room_of(name: str) -> str | None:
@@ -138,7 +136,7 @@ def test_the_walk_finds_each_mapped_folder() -> None:
         ("bpt_rl.nn.cache", "def f():\n    from bpt_rl.agents import base", "room 3.*room 4"),
         (
             "bpt_rl.nn.cache",
-            "import importlib\nimportlib.import_module('bpt_rl.agents.base')",
+            "importlib.import_module('bpt_rl.agents.base')",
             "room 3.*room 4",
         ),
         ("bpt_rl.agents.dt", "from bpt_rl.run import train", "room 4.*room 5"),
@@ -167,7 +165,7 @@ def test_the_checker_catches(module: str, source: str, complaint: str) -> None:
         ("bpt_rl.envs.tasks", "from dm_control import suite\nimport mujoco"),
         (
             "bpt_rl.agents.at",
-            "from bpt_rl.agents import base\nfrom . import base as b\nimport jax.numpy as jnp",
+            "from bpt_rl.agents import base\nfrom . import base\nimport jax.numpy as jnp",
         ),
         ("bpt_rl.agents.registry", "from bpt_rl.agents import at, bc, dt"),
         ("bpt_rl.run.train", "from bpt_rl import types\nimport bpt_rl\njax.__version__"),

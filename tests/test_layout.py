@@ -87,14 +87,14 @@ def test_installed_package_of_the_same_name_is_not_shadowed(tmp_path: Path) -> N
 def test_mapped_modules_import_below_the_package(tmp_path: Path) -> None:
     source = (
         "import importlib.resources, bpt_rl.agents.base, bpt_rl.datasets.exorl\n"
-        "print(importlib.resources.files('bpt_rl.configs').is_dir(), {'agents', 'datasets'} & set(sys.modules))"
+        "print(importlib.resources.files('bpt_rl.configs').is_dir(), {'agents', 'datasets'} & {*sys.modules})"
     )
     assert run_python(source, cwd=tmp_path, path=[]) == "True set()"
 
 
 def test_importing_the_package_imports_nothing_else(tmp_path: Path) -> None:
-    source = "before = set(sys.modules)\nimport bpt_rl\nprint(sorted(set(sys.modules) - before), bpt_rl.__version__)"
-    assert run_python(source, cwd=tmp_path, path=[ROOT]).startswith("['bpt_rl'] 0.")
+    source = "before = {*sys.modules}\nimport bpt_rl\nprint({*sys.modules} - before, bpt_rl.__version__)"
+    assert run_python(source, cwd=tmp_path, path=[ROOT]).startswith("{'bpt_rl'} 0.")
 
 
 def test_wheel_and_sdist_hold_the_code_once(tmp_path: Path) -> None:
