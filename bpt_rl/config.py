@@ -19,16 +19,14 @@ T = TypeVar("T")
 
 def _positive(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not value > 0:  # so that NaN fails too
-            raise ValueError(f"{name} must be positive; got {value}. Choose a number above 0.")
+        if not getattr(owner, name) > 0:  # so that NaN fails too
+            raise ValueError(f"{name} must be positive; got {getattr(owner, name)}. Choose a number above 0.")
 
 
 def _not_negative(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative; got {value}. Choose 0 or more.")
+        if not getattr(owner, name) >= 0:
+            raise ValueError(f"{name} must not be negative; got {getattr(owner, name)}. Choose 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
