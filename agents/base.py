@@ -1,6 +1,6 @@
 """What every agent and every policy offers; the rest of the package knows no more of them."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ Params = Any
 """Pytree of float32 arrays."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Acts in B environments at once; all state lives in the carry, which is never changed in place."""
 
@@ -33,6 +34,7 @@ class Policy(Protocol):
         """Returns the carry after the reward of the last action; `done` where that step ended its episode."""
 
 
+@runtime_checkable
 class Agent(Protocol):
     """Parameters, loss and policy of one method; holds configuration only."""
 
