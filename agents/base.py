@@ -27,7 +27,7 @@ class Policy(Protocol):
         Args:
           carry: From `start` or `observe`.
           observation: Raw observation_t of each environment.
-          return_to_go: Return still asked of this episode, unscaled; a policy that is not conditioned ignores it.
+          return_to_go: Return still asked of this episode, unscaled; an unconditioned policy ignores it.
         """
 
     def observe(self, carry: Any, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]) -> Any:
