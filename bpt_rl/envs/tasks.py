@@ -98,6 +98,10 @@ class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries n
         """The reward and start states: a `dm_control.suite.base.Task`."""
         return self._environment.task
 
+    def seed(self, seed: int) -> None:
+        """Starts the draws of start states anew, as in an environment made with `seed`."""
+        self.task.random.seed(seed)
+
     def reset(self) -> dm_env.TimeStep:
         """Returns the first time step of a new episode."""
         return _flatten(self._environment.reset())

@@ -207,7 +207,7 @@ def _work(connection: Connection, task: str, seeds: list[int], action_repeat: in
                 if command == "reset":
                     for i, seed in enumerate(payload):
                         if seed is not None:
-                            environments[i] = tasks.make(task, seed, action_repeat)
+                            environments[i].seed(seed)
                     reply: Any = np.stack([environment.reset().observation for environment in environments])
                 else:
                     reply = _step(environments, payload)
