@@ -122,7 +122,8 @@ def null_max(memoryless_log: EpisodeLog, num_episodes: int) -> Estimate:
     """Returns what largest-of-n gives a policy without memory: luck alone, nothing learnt in context.
 
     The expected maximum of n episodes drawn with replacement from the log, exact from its order statistics:
-    the sum over i of x_(i) ((i/m)^n - ((i-1)/m)^n). The interval resamples episodes, here alike in law.
+    the sum over i of x_(i) ((i/m)^n - ((i-1)/m)^n). The interval resamples episodes, here alike in law. A log
+    of few episodes gives too little, since draws repeat: let m be many times n.
 
     Args:
       memoryless_log: Episodes played with an empty context.
@@ -149,18 +150,20 @@ def difference(
     """
     ours = [per_chain(name, log) for log in logs]
     theirs = [factor * per_chain(name, log) for log in control]
-    value = float(np.mean([_mean(g) for g in ours]) - np.mean([_mean(g) for g in theirs]))
-    count = sum(map(len, ours))
-    if _single(ours) or _single(theirs):
-        return Estimate(value, math.nan, math.nan, count, name)
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    seeds = _draw_seeds(len(ours), generator)
-    their_seeds = seeds if len(theirs) == len(ours) else _draw_seeds(len(theirs), generator)
-    samples = _resample(ours, seeds, _mean, generator) - _resample(theirs, their_seeds, _mean, generator)
-    return Estimate(value, *_percentiles(samples), count, name)
+    return _margin(name, (ours, _mean), (theirs, _mean))
+
+
+def beyond_luck(logs: Sequence[EpisodeLog], memoryless_logs: Sequence[EpisodeLog]) -> Estimate:
+    """Returns the largest return of a chain less `null_max` of as many episodes, drawn as in `difference`."""
+    num_episodes = logs[0].returns.shape[1]
+    ours = [per_chain("max", log) for log in logs]
+    theirs = [np.asarray(log.returns, np.float64).ravel() for log in memoryless_logs]
+    return _margin("max", (ours, _mean), (theirs, lambda returns: _expected_max(returns, num_episodes)))
 
 
 _Statistic = Callable[[Float[np.ndarray, "... m"]], Float[np.ndarray, "..."]]
+_Sample = tuple[Sequence[Float[np.ndarray, "_"]], _Statistic]
+"""One array a training seed, and what is read from each resample of it."""
 
 
 def _mean(samples: Float[np.ndarray, "... m"]) -> Float[np.ndarray, "..."]:
@@ -173,13 +176,30 @@ def _expected_max(returns: Float[np.ndarray, "... m"], num_episodes: int) -> Flo
 
 
 def _summary(protocol: str, groups: Sequence[Float[np.ndarray, "_"]], statistic: _Statistic) -> Estimate:
-    value = float(np.mean([statistic(group) for group in groups]))
+    value = _average(groups, statistic)
     count = sum(map(len, groups))
     if _single(groups):
         return Estimate(value, math.nan, math.nan, count, protocol)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     samples = _resample(groups, _draw_seeds(len(groups), generator), statistic, generator)
     return Estimate(value, *_percentiles(samples), count, protocol)
+
+
+def _margin(protocol: str, ours: _Sample, theirs: _Sample) -> Estimate:
+    value = _average(*ours) - _average(*theirs)
+    count = sum(map(len, ours[0]))
+    if _single(ours[0]) or _single(theirs[0]):
+        return Estimate(value, math.nan, math.nan, count, protocol)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    seeds = _draw_seeds(len(ours[0]), generator)
+    their_seeds = seeds if len(theirs[0]) == len(ours[0]) else _draw_seeds(len(theirs[0]), generator)
+    samples = _resample(ours[0], seeds, ours[1], generator)
+    samples -= _resample(theirs[0], their_seeds, theirs[1], generator)
+    return Estimate(value, *_percentiles(samples), count, protocol)
+
+
+def _average(groups: Sequence[Float[np.ndarray, "_"]], statistic: _Statistic) -> float:
+    return float(np.mean([statistic(group) for group in groups]))
 
 
 def _single(groups: Sequence[Float[np.ndarray, "_"]]) -> bool:

@@ -92,7 +92,7 @@ def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_documented():
 
 def test_interval_over_seeds_covers_the_spread_between_seeds():
     generator = np.random.default_rng(2)
-    # Chains of a seed agree; seeds do not. Pooled as if independent, they would give far too short an interval.
+    # Chains of a seed agree; seeds do not. Pooled as if independent they would give too short an interval.
     seeds = [make_log(centre + generator.normal(0, 0.1, size=(16, 1))) for centre in (10.0, 20.0, 30.0, 40.0)]
     found = protocols.estimate("first", seeds)
     assert found.value == pytest.approx(25.0, abs=0.1)

@@ -1,0 +1,110 @@
+"""The report's style sheet. Colours of lines are Okabe and Ito's, told apart by colour-blind readers."""
+
+STYLE = """
+:root {
+  --paper: #fcfcfa; --card: #ffffff; --ink: #1b1f24; --muted: #5b6470; --grid: #dcdfe4; --accent: #0b5fa5;
+  --chain: #0072b2; --memoryless: #d55e00; --random: #6b7280; --data: #00815f; --null: #a8467f;
+  --s0: #0072b2; --s1: #d55e00; --s2: #00815f; --s3: #a8467f; --s4: #b07c00; --s5: #3a9fd8; --s6: #4b4f57;
+  --good: #00664b; --bad: #a63c00; --good-bg: #e2f3ec; --bad-bg: #fbe9df; --plain-bg: #eceef1;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171b; --card: #1b1f25; --ink: #e7e9ec; --muted: #a1a9b4; --grid: #343a43; --accent: #6db8f2;
+    --chain: #56b4e9; --memoryless: #ff9352; --random: #9aa3af; --data: #3fc79c; --null: #e091bf;
+    --s0: #56b4e9; --s1: #ff9352; --s2: #3fc79c; --s3: #e091bf; --s4: #e6b422; --s5: #9ad4f5; --s6: #b9bec6;
+    --good: #6fdcb6; --bad: #ffa274; --good-bg: #173a30; --bad-bg: #462a1c; --plain-bg: #2a3038;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55; font-size: 16px;
+  font-family: Inter, system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
+}
+header, main { max-width: 1120px; margin: 0 auto; padding: 0 28px; }
+header { padding-top: 52px; }
+main { padding-bottom: 80px; }
+h1 { font-size: 2.5rem; line-height: 1.12; letter-spacing: -0.022em; margin: 0; font-weight: 680; }
+h2 { font-size: 1.3rem; letter-spacing: -0.01em; margin: 56px 0 16px; padding-top: 18px;
+     border-top: 1px solid var(--grid); font-weight: 650; }
+h3 { font-size: 1rem; margin: 0 0 6px; font-weight: 620; }
+p { margin: 0 0 0.8em; }
+small { display: block; font-size: 0.78rem; color: var(--muted); font-weight: 400; line-height: 1.4; }
+code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.84rem; }
+pre { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 14px 16px;
+      margin: 0; overflow-x: auto; line-height: 1.5; }
+.eyebrow { color: var(--accent); font-weight: 600; font-size: 0.82rem; letter-spacing: 0.06em;
+           margin: 0 0 8px; text-transform: uppercase; }
+.subtitle { color: var(--muted); font-size: 1.06rem; margin: 10px 0 0; max-width: 74ch; }
+.verdict { margin: 30px 0 0; padding: 22px 26px 12px; background: var(--card); border: 1px solid var(--grid);
+           border-left: 4px solid var(--accent); border-radius: 8px; font-size: 1.06rem; }
+.verdict p { max-width: 82ch; }
+.verdict p:first-child { font-size: 1.22rem; line-height: 1.45; }
+.note { color: var(--muted); font-size: 0.86rem; max-width: 96ch; margin: 12px 0 0; }
+.inline-number { white-space: nowrap; font-weight: 620; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
+th { text-align: left; font-weight: 500; }
+th, td { padding: 9px 12px; vertical-align: top; }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { border-bottom: 2px solid var(--ink); font-weight: 650; vertical-align: bottom; }
+.results { min-width: 900px; }
+.results td, .results thead th:not(:first-child) { text-align: right; }
+.results tbody { border-bottom: 1px solid var(--grid); }
+.results .group th { padding-top: 18px; padding-bottom: 2px; font-weight: 650; }
+.results .group span { position: sticky; left: 0; display: inline-block;
+                       max-width: calc(100vw - 36px); }
+.results tr:not(.group) > th:first-child { position: sticky; left: 0; background: var(--paper);
+                                           min-width: 150px; max-width: 260px; }
+.results .number b { display: block; font-weight: 620; white-space: nowrap; }
+.results .number small { white-space: nowrap; }
+.none { color: var(--muted); }
+.checks { min-width: 820px; }
+.checks tbody tr { border-bottom: 1px solid var(--grid); }
+.checks th:first-child { position: sticky; left: 0; background: var(--paper); min-width: 110px;
+                         max-width: 250px; }
+.checks thead th { font-size: 0.9rem; }
+.margin { margin-top: 4px; }
+.margin .inline-number { font-weight: 400; white-space: nowrap; }
+.answer { display: inline-block; padding: 1px 10px; border-radius: 99px; font-size: 0.84rem; font-weight: 620;
+          background: var(--plain-bg); }
+.answer.yes { color: var(--good); background: var(--good-bg); }
+.answer.no { color: var(--bad); background: var(--bad-bg); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 22px; }
+figure { margin: 0; padding: 16px 18px 14px; background: var(--card); border: 1px solid var(--grid);
+         border-radius: 8px; max-width: 720px; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
+figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0 0 8px; padding: 0;
+          font-size: 0.84rem; color: var(--muted); font-variant-numeric: tabular-nums; }
+.legend i { display: inline-block; width: 22px; margin-right: 7px; vertical-align: middle;
+            border-top: 3px solid var(--c); }
+.legend .dashed { border-top-style: dashed; }
+.legend .dotted { border-top-style: dotted; }
+.legend .box { border-top-width: 11px; opacity: 0.45; }
+.gifs { display: flex; flex-wrap: wrap; gap: 22px; }
+.gif img { display: block; width: 320px; max-width: 100%; height: auto; border-radius: 4px; }
+details { border-top: 1px solid var(--grid); padding: 8px 0; }
+details[open] { padding-bottom: 16px; }
+summary { cursor: pointer; font-weight: 560; }
+details pre { margin-top: 10px; }
+.versions { width: auto; min-width: 460px; font-size: 0.9rem; }
+.versions tbody tr { border-bottom: 1px solid var(--grid); }
+.versions th, .versions td { padding-top: 5px; padding-bottom: 5px; }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+      white-space: nowrap; }
+.number { position: relative; }
+@media (max-width: 640px) {
+  header, main { padding-left: 16px; padding-right: 16px; }
+  header { padding-top: 30px; }
+  h1 { font-size: 1.9rem; }
+  h2 { margin-top: 40px; }
+  .verdict { padding: 16px 16px 6px; }
+  .verdict p:first-child { font-size: 1.1rem; }
+  .inline-number { white-space: normal; }
+  .results tr:not(.group) > th:first-child { min-width: 104px; max-width: 130px; }
+  figure { padding: 12px 12px 10px; }
+}
+@media print { .verdict, figure { break-inside: avoid; } body { background: none; } }
+"""
