@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,6 +16,14 @@ from bpt_rl.types import Trajectory
 
 KEYS = ("observation", "action", "reward", "discount", "physics")
 _NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d+)_(\d+)\.npz")
+
+
+@runtime_checkable
+class BinaryFile(Protocol):
+    """A file opened for binary reading, in memory or in a zip too."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Returns at most `size` bytes, or all."""
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
@@ -28,7 +36,7 @@ def parse_name(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def read_episode(path: str | os.PathLike[str] | IO[bytes]) -> Trajectory:
+def read_episode(path: str | os.PathLike[str] | BinaryFile) -> Trajectory:
     """Returns the episode of an npz file; arrays that ExoRL does not name go to `extras`.
 
     Observation, action, reward and discount may be stored in any floating type and become float32. Physics

@@ -204,7 +204,8 @@ class Store:
             returns=tuple(returns.tolist()),
             reward_abs_max=largest,
             num_episodes=self.num_episodes,
-            source=f"{self.source}, subset {self.subset}",
+            source=self.source,
+            subset=self.subset,
             digest=self.digest,
         )
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -42,7 +43,11 @@ def map_in_order(
     context = multiprocessing.get_context("spawn")
     remaining = iter(items)
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    # Ctrl-C reaches the whole process group; this process is the one to end the others.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    with pool:
         try:
             pending.extend(
                 pool.submit(function, item) for item in itertools.islice(remaining, 3 * num_workers)
