@@ -2,6 +2,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import gymnasium
 import numpy as np
@@ -32,6 +34,14 @@ def played():
     return play(num_workers=2)
 
 
+@pytest.fixture(scope="module")
+def balance():
+    """Two cartpoles, reset before each use."""
+    environments = make_vector("cartpole_balance", 2, 0, num_workers=1)
+    yield environments
+    environments.close()
+
+
 def test_results_do_not_depend_on_the_number_of_workers(played):
     other, _ = play(num_workers=1)
     for step, other_step in zip(played[0], other, strict=True):
@@ -60,24 +70,21 @@ def test_an_episode_ends_by_truncation_and_the_next_begins_in_the_same_step(play
     assert steps[4][4]["_final_obs"].all()
 
 
-def test_arrays_have_the_types_and_spaces_of_gymnasium(played):
-    steps, actions = played
-    environments = make_vector("cartpole_swingup", 3, 7, num_workers=1)
-    assert environments.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    assert environments.action_space.contains(actions[0])
-    environments.close()
-    observation, reward, termination, truncation, _ = steps[1]
-    assert environments.observation_space.contains(observation)
+def test_arrays_have_the_types_and_spaces_of_gymnasium(balance):
+    balance.reset()
+    actions = np.zeros((2, 1), np.float32)
+    observation, reward, termination, truncation, _ = balance.step(actions)
+    assert balance.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert balance.action_space.contains(actions)
+    assert balance.observation_space.contains(observation)
     assert (observation.dtype, reward.dtype) == (np.float32, np.float64)
     assert termination.dtype == truncation.dtype == np.bool_
 
 
-def test_reset_with_a_seed_starts_anew_and_without_goes_on():
-    environments = make_vector("cartpole_swingup", 2, 0, num_workers=1)
-    first, _ = environments.reset()
-    second, _ = environments.reset()
-    again, _ = environments.reset(seed=0)
-    environments.close()
+def test_reset_with_a_seed_starts_anew_and_without_goes_on(balance):
+    first, _ = balance.reset(seed=0)
+    second, _ = balance.reset()
+    again, _ = balance.reset(seed=0)
     assert np.abs(first - second).max() > 0
     np.testing.assert_array_equal(first, again)
 
@@ -116,7 +123,8 @@ def test_a_worker_that_dies_is_reported_with_the_reason():
 
 def test_an_error_in_a_worker_carries_its_traceback():
     environments = make_vector("cartpole_balance", 2, 0, num_workers=1)
-    environments.reset()
+    with pytest.raises(gymnasium.error.ResetNeeded, match=r"Call reset\(\)"):
+        environments.step(np.zeros((2, 1)))
     with pytest.raises(
         RuntimeError,
         match=r"process 0 \(environments 0 to 1\) failed:\nTraceback[\s\S]*An action must have shape",
@@ -126,22 +134,29 @@ def test_an_error_in_a_worker_carries_its_traceback():
         environments._receive()
 
 
-def test_actions_that_do_not_fit_are_refused_and_nothing_is_lost():
-    environments = make_vector("cartpole_balance", 2, 0, num_workers=1)
-    with pytest.raises(gymnasium.error.ResetNeeded, match=r"Call reset\(\)"):
-        environments.step(np.zeros((2, 1)))
-    environments.reset()
+def test_actions_that_do_not_fit_are_refused_and_nothing_is_lost(balance):
+    balance.reset()
     with pytest.raises(ValueError, match=r"of shape \(2, 1\); got shape \(3, 1\)"):
-        environments.step(np.zeros((3, 1)))
+        balance.step(np.zeros((3, 1)))
     with pytest.raises(ValueError, match="with 1 not finite"):
-        environments.step(np.array([[0.0], [np.nan]]))
+        balance.step(np.array([[0.0], [np.nan]]))
     with pytest.raises(ValueError, match="one integer seed and no options"):
-        environments.reset(seed=[1, 2])
-    assert environments.step(np.zeros((2, 1)))[1].shape == (2,)
-    environments.close()
+        balance.reset(seed=[1, 2])
+    assert balance.step(np.zeros((2, 1)))[1].shape == (2,)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from bpt_rl.envs.vector import make_vector\nmake_vector('cartpole_balance', 1, 0)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "ended with exit code 1" in last
+    assert last.endswith('start a script\'s work below `if __name__ == "__main__":`.')
 
 
 def test_what_cannot_be_made_is_refused_before_a_process_starts():
+    before = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match="Nearest valid one: 'cartpole_balance'"):
         make_vector("cartpole_balanc", 2, 0)
     with pytest.raises(
@@ -150,4 +165,4 @@ def test_what_cannot_be_made_is_refused_before_a_process_starts():
         make_vector("cartpole_balance", 0, 0)
     with pytest.raises(ValueError, match="num_workers must not be negative; got -1"):
         make_vector("cartpole_balance", 2, 0, num_workers=-1)
-    assert not [p for p in multiprocessing.active_children() if p.name.startswith("simulator")]
+    assert set(multiprocessing.active_children()) == before
