@@ -13,9 +13,6 @@ from bpt_rl.nn.blockwise import blockwise_attention
 
 _log = logging.getLogger(__name__)
 
-_SMALL_MATRIX_BYTES = 1 << 26
-"""Largest float32 attention matrix that `auto` is content to hold whole."""
-
 
 def dot_product_attention(
     query: Float[Array, "B S H K"],
@@ -38,8 +35,8 @@ def dot_product_attention(
         reference: holds the [S, S] matrix of every head, in float32; memory quadratic in S. The yardstick.
         blockwise: plain JAX on any device; memory linear in S in both passes.
         cudnn: cuDNN's fused kernel; linear memory, NVIDIA GPUs, bfloat16 or float16, no `segment_ids`.
-        auto: cudnn where it can run, else reference where S is at most one query chunk and the matrices are
-          small, else blockwise. The choice is logged once at INFO.
+        auto: cudnn where it can run, else blockwise, which was never slower than reference on a CPU, from 32
+          tokens on. The choice is logged once at INFO.
       is_causal: Position s attends to positions up to s only.
       segment_ids: Tokens attend within equal ids only. Padding, id 0, attends to padding: finite values.
       query_chunk_size: Most tokens of a query chunk of blockwise; need not divide S.
@@ -55,7 +52,7 @@ def dot_product_attention(
             f"got {query_chunk_size} and {key_chunk_size}. 512 is usual."
         )
     if implementation == "auto":
-        implementation = _choose(query, segment_ids, query_chunk_size)
+        implementation = _choose(query, segment_ids)
     match implementation:
         case "reference":
             return _reference_attention(query, key, value, is_causal=is_causal, segment_ids=segment_ids)
@@ -123,18 +120,13 @@ def _cudnn_obstacle(query: Array, segment_ids: Array | None) -> str:
     return ""
 
 
-def _choose(query: Array, segment_ids: Array | None, query_chunk_size: int) -> Implementation:
+def _choose(query: Array, segment_ids: Array | None) -> Implementation:
     """Returns what `auto` stands for, and logs the reason the first time it decides so."""
-    B, S, H, _ = query.shape
-    obstacle = _cudnn_obstacle(query, segment_ids)
-    if not obstacle:
-        _log_choice("cudnn", "GPU, 16-bit operands, no segments")
-        return "cudnn"
-    if query_chunk_size >= S and 4 * B * H * S * S <= _SMALL_MATRIX_BYTES:
-        _log_choice("reference", f"one small chunk; cudnn must have {obstacle}")
-        return "reference"
-    _log_choice("blockwise", f"long sequence; cudnn must have {obstacle}")
-    return "blockwise"
+    if obstacle := _cudnn_obstacle(query, segment_ids):
+        _log_choice("blockwise", f"cudnn must have {obstacle}")
+        return "blockwise"
+    _log_choice("cudnn", "GPU, 16-bit operands, no segments")
+    return "cudnn"
 
 
 @functools.cache
