@@ -110,7 +110,7 @@ def _group_rows(group: Group) -> str:
         f"{count(evaluation['num_chains'], 'chain')} · {count(len(group.runs), 'seed')} · "
         f"step {' to '.join(f'{step:,}' for step in dict.fromkeys((steps[0], steps[-1])))}"
     )
-    if isinstance(evaluation.get("target_return"), int | float):
+    if group.config.agent != "bc":
         note += f" · target {evaluation['target_return']:,.1f} ({evaluation['target_rule']})"
     kept = {name: report_verdict.number(group, name, "chain") for name in _COLUMNS if name != "null max"}
     kept["null max"] = report_verdict.number(group, "null max", "memoryless")

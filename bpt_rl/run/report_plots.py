@@ -13,10 +13,10 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from bpt_rl.run import protocols
+from bpt_rl.run import protocols, report_verdict
 from bpt_rl.run.protocols import Estimate
 from bpt_rl.run.report_groups import Group, Run, settings
-from bpt_rl.run.report_numbers import format_return
+from bpt_rl.run.report_numbers import ReportedNumber, count, format_return
 
 # Matplotlib knows no CSS variables: each stands in the figure as a colour that nothing else has.
 _ROLES = ("ink", "muted", "grid", "chain", "memoryless", "random", "data", "null")
@@ -117,12 +117,11 @@ def episode_curve(group: Group, index: int) -> Plot | None:
             _band(axes, curves[name], name, marker)
             label = "memoryless control" if name == "memoryless" else group.chain_title.lower()
             legend.append(LegendEntry(label, name))
-            ends = curves[name][0].value, curves[name][-1].value
-            alt.append(f"{label} goes from {format_return(ends[0])} to {format_return(ends[1])}")
-        for value, label, variable, dash in _references(group):
-            axes.axhline(value, color=_SENTINEL[variable], linestyle=_DASHES[dash], linewidth=1.8)
-            legend.append(LegendEntry(f"{label} {format_return(value)}", variable, dash))
-            alt.append(f"{label} is {format_return(value)}")
+            alt.append(f"{label} goes from {_words(curves[name][0])} to {_words(curves[name][-1])}")
+        for number, label, variable, dash in _references(group):
+            axes.axhline(number.value, color=_SENTINEL[variable], linestyle=_DASHES[dash], linewidth=1.8)
+            legend.append(LegendEntry(f"{label} {number.text}", variable, dash))
+            alt.append(f"{label} is {number.text}")
         axes.set(xlabel="episode within the context", ylabel="return")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -131,7 +130,7 @@ def episode_curve(group: Group, index: int) -> Plot | None:
         svg,
         group.title,
         f"Return at each episode of the context, {group.title}: {'; '.join(alt)}.",
-        "Bands are pointwise 95% bootstrap intervals.",
+        f"Mean over chains at each episode; bands are pointwise 95% bootstrap intervals. {_sample(group)}.",
         legend,
     )
 
@@ -141,16 +140,17 @@ def ablations(groups: Sequence[Group]) -> list[Plot]:
     plots = []
     for index, family in enumerate(families(groups)):
         lines: dict[str, list[tuple[int, Estimate]]] = {}
+        samples = "; ".join(f"n={g.config.data.num_trajectories}: {_sample(g)}" for g in family)
         for group in family:
-            count = group.config.data.num_trajectories
+            size = group.config.data.num_trajectories
             chain, control = group.logs("chain"), group.memoryless_logs()
-            lines.setdefault("mean", []).append((count, protocols.estimate("mean", chain)))
-            lines.setdefault("last", []).append((count, protocols.estimate("last", chain)))
-            lines.setdefault("max", []).append((count, protocols.estimate("max", chain)))
+            lines.setdefault("mean", []).append((size, protocols.estimate("mean", chain)))
+            lines.setdefault("last", []).append((size, protocols.estimate("last", chain)))
+            lines.setdefault("max", []).append((size, protocols.estimate("max", chain)))
             if control:
-                lines.setdefault("memoryless", []).append((count, protocols.estimate("mean", control)))
+                lines.setdefault("memoryless", []).append((size, protocols.estimate("mean", control)))
                 null = protocols.null_max_of(control, group.evaluation["num_episodes"])
-                lines.setdefault("null", []).append((count, null))
+                lines.setdefault("null", []).append((size, null))
         looks = {
             "mean": LegendEntry("mean, context kept", "chain"),
             "last": LegendEntry("last, context kept", "s5", "dashed"),
@@ -163,7 +163,9 @@ def ablations(groups: Sequence[Group]) -> list[Plot]:
             (("max", "null"), "Largest and luck"),
         ):
             shown = {name: lines[name] for name in names if name in lines}
-            plots.append(_ablation(shown, looks, title, f"ablation{index}{names[0]}"))
+            caption = f"Bars are 95% bootstrap intervals. {samples}."
+            plot = _ablation(shown, looks, title, f"family{index}-{names[0]}")
+            plots.append(dataclasses.replace(plot, caption=caption))
     return plots
 
 
@@ -183,41 +185,51 @@ def histogram(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     if statistics is None:
         return None
     returns = np.asarray(statistics.returns, np.float64)
-    means = [protocols.estimate("mean", group.logs("chain")).value for group in groups]
-    random = groups[0].logs("random") if groups else []
+    means = {g.short_title: n for g in groups if (n := report_verdict.number(g, "mean", "chain"))}
+    random = report_verdict.number(groups[0], "mean", "random") if groups else None
     legend = [LegendEntry(f"data, {len(returns):,} episodes", "muted", "box")]
+    samples = f"Subset {groups[0].evaluation['data']['subset']}" if groups else "Not evaluated"
     with _figure() as (figure, axes):
         bins = np.histogram_bin_edges(returns, bins=min(50, max(10, int(np.sqrt(len(returns))))))
         axes.hist(returns, bins=bins, color=_SENTINEL["muted"], alpha=0.4)
         if random:
-            value = protocols.estimate("mean", random).value
-            axes.axvline(value, color=_SENTINEL["random"], linestyle=_DASHES["dashed"])
-            legend.append(LegendEntry(f"random policy {format_return(value)}", "random", "dashed"))
-        for index, (group, value) in enumerate(zip(groups, means, strict=True)):
+            axes.axvline(random.value, color=_SENTINEL["random"], linestyle=_DASHES["dashed"])
+            legend.append(LegendEntry(f"random policy {random.text}", "random", "dashed"))
+        for index, (title, number) in enumerate(means.items()):
             variable, dash = f"s{index % NUM_SERIES}", tuple(_DASHES)[index % len(_DASHES)]
-            axes.axvline(value, color=_SENTINEL[variable], linestyle=_DASHES[dash])
-            legend.append(LegendEntry(f"{group.short_title} {format_return(value)}", variable, dash))
+            axes.axvline(number.value, color=_SENTINEL[variable], linestyle=_DASHES[dash])
+            legend.append(LegendEntry(f"{title} {number.text}", variable, dash))
         axes.set(xlabel="return of an episode", ylabel="episodes of the data")
         axes.grid(axis="x", visible=False)
         svg = _svg(figure, "histogram")
-    titles = [group.short_title for group in groups]
-    reached = ", ".join(f"{title} {format_return(value)}" for title, value in zip(titles, means, strict=True))
+    reached = ", ".join(f"{title} {number.text}" for title, number in means.items())
     spread = f"from {format_return(returns.min())} to {format_return(returns.max())}"
     return Plot(
         svg,
         "Returns of the data",
         f"Returns of {len(returns)} episodes of data, {spread}. Agents: {reached or 'none evaluated'}.",
-        "Bars: episodes of the training data. Lines: mean returns, context kept.",
+        f"Bars: episodes of the training data. Lines: mean returns, with 95% intervals. {samples}.",
         legend,
     )
 
 
-def _references(group: Group) -> list[tuple[float, str, str, str]]:
-    found = []
-    if random := group.logs("random"):
-        found.append((protocols.estimate("mean", random).value, "random policy", "random", "dashed"))
-    found.append((float(group.evaluation["data"]["mean_return"]), "data mean", "data", "dotted"))
+def _references(group: Group) -> list[tuple[ReportedNumber, str, str, str]]:
+    found = [(report_verdict.data_number(group, "mean"), "data mean", "data", "dotted")]
+    if random := report_verdict.number(group, "mean", "random"):
+        found.append((random, "random policy", "random", "dashed"))
     return found
+
+
+def _words(estimate: Estimate) -> str:
+    if not estimate.has_interval:
+        return f"{format_return(estimate.value)} (one sample, no interval)"
+    return f"{format_return(estimate.value)} [{format_return(estimate.low)}, {format_return(estimate.high)}]"
+
+
+def _sample(group: Group) -> str:
+    evaluation = group.evaluation
+    sizes = f"{count(evaluation['num_chains'], 'chain')}, {count(len(group.runs), 'seed')}"
+    return f"{sizes}, subset {evaluation['data']['subset']}"
 
 
 def _colours(runs: Sequence[Run], groups: Sequence[Group]) -> Mapping[str, tuple[str, str]]:
@@ -253,14 +265,14 @@ def _ablation(
     lines: Mapping[str, Sequence[tuple[int, Estimate]]],
     looks: Mapping[str, LegendEntry],
     title: str,
-    salt: str,
+    prefix: str,
 ) -> Plot:
     alt = []
     with _figure() as (figure, axes):
         for position, (name, points) in enumerate(lines.items()):
             look = looks[name]
             # Neighbouring lines are set apart by a few percent, else their error bars hide each other.
-            x = np.array([count for count, _ in points]) * (1 + 0.03 * (position - (len(lines) - 1) / 2))
+            x = np.array([size for size, _ in points]) * (1 + 0.03 * (position - (len(lines) - 1) / 2))
             y = np.array([e.value for _, e in points])
             errors = np.abs(
                 np.array([[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]])
@@ -269,17 +281,17 @@ def _ablation(
             axes.errorbar(
                 x, y, np.nan_to_num(errors), color=_SENTINEL[look.variable], elinewidth=1.4, **style
             )
-            values = ", ".join(f"{format_return(e.value)} at {count}" for count, e in points)
+            values = ", ".join(f"{_words(e)} at {size}" for size, e in points)
             alt.append(f"{look.label}: {values}")
-        counts = sorted({count for points in lines.values() for count, _ in points})
+        counts = sorted({size for points in lines.values() for size, _ in points})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xticks(counts, [str(size) for size in counts])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="trajectories in context", ylabel="return")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        svg = _svg(figure, salt)
+        svg = _svg(figure, prefix)
     words = f"Return against trajectories in context. {'; '.join(alt)}."
-    return Plot(svg, title, words, "Bars are 95% bootstrap intervals.", [looks[name] for name in lines])
+    return Plot(svg, title, words, "", [looks[name] for name in lines])
 
 
 @contextlib.contextmanager
@@ -297,8 +309,12 @@ def _svg(figure: Figure, prefix: str) -> str:
     with mpl.rc_context({"svg.hashsalt": prefix}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"(?=[^>]*viewBox)', "", svg, count=0)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    if box is None:
+        raise ValueError(f"An SVG figure must have a viewBox; got {svg[:200]!r}. Use another matplotlib.")
+    # Namespaces are implied within HTML, and a style sheet in a figure would reach the whole page.
+    svg = re.sub(r"^.*?<svg[^>]*>", f"<svg {box.group()}>", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     # One page holds many figures, and an id may stand in it once.
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)

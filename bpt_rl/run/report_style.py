@@ -29,7 +29,8 @@ h2 { font-size: 1.3rem; letter-spacing: -0.01em; margin: 56px 0 16px; padding-to
      border-top: 1px solid var(--grid); font-weight: 650; }
 h3 { font-size: 1rem; margin: 0 0 6px; font-weight: 620; }
 p { margin: 0 0 0.8em; }
-small { display: block; font-size: 0.78rem; color: var(--muted); font-weight: 400; line-height: 1.4; }
+small { display: block; font-size: 0.78rem; color: var(--muted); font-weight: 400; line-height: 1.4;
+        overflow-wrap: anywhere; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.84rem; }
 pre { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 14px 16px;
       margin: 0; overflow-x: auto; line-height: 1.5; }
@@ -74,6 +75,7 @@ thead th { border-bottom: 2px solid var(--ink); font-weight: 650; vertical-align
 figure { margin: 0; padding: 16px 18px 14px; background: var(--card); border: 1px solid var(--grid);
          border-radius: 8px; max-width: 720px; }
 figure svg { display: block; width: 100%; height: auto; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
 figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0 0 8px; padding: 0;
@@ -84,6 +86,7 @@ figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
 .legend .dotted { border-top-style: dotted; }
 .legend .box { border-top-width: 11px; opacity: 0.45; }
 .gifs { display: flex; flex-wrap: wrap; gap: 22px; }
+.gif { width: fit-content; max-width: 100%; }
 .gif img { display: block; width: 320px; max-width: 100%; height: auto; border-radius: 4px; }
 details { border-top: 1px solid var(--grid); padding: 8px 0; }
 details[open] { padding-bottom: 16px; }

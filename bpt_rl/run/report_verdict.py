@@ -34,17 +34,19 @@ def number(group: Group, name: str, context: str) -> ReportedNumber | None:
       name: One of `protocols.PROTOCOLS`, or `null max`, which reads the context's episodes as memoryless.
       context: `chain`, `memoryless` or `random`.
     """
-    logs = group.memoryless_logs() if (name, context) == ("null max", "memoryless") else group.logs(context)
+    is_null = name == "null max"
+    logs = group.memoryless_logs() if is_null and context == "memoryless" else group.logs(context)
     if not logs:
         return None
-    if name == "null max":
+    titles = {"chain": group.chain_title.lower(), "random": "random policy"}
+    title = titles.get(context, "memoryless control")
+    if is_null:
         # Largest of the chain's n, whatever number of episodes the control was played in a row.
         num_episodes = group.evaluation["num_episodes"]
-        estimate, title = protocols.null_max_of(logs, num_episodes), f"null max of {num_episodes}"
+        estimate, name = protocols.null_max_of(logs, num_episodes), f"null max of {num_episodes}"
     else:
-        titles = {"chain": group.chain_title.lower(), "random": "random policy"}
         estimate = protocols.estimate(name, logs)
-        title = f"{name}, {titles.get(context, 'memoryless control')}"
+    title = f"{name}, {title}"
     return _reported(group, estimate, title, trained=context != "random", signed=name == "improvement")
 
 

@@ -1,0 +1,401 @@
+import base64
+import html.parser
+import json
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from bpt_rl import config
+from bpt_rl.run import protocols, records, report_groups, report_numbers, report_verdict
+from bpt_rl.run.protocols import Estimate
+from bpt_rl.run.report import write_report
+from bpt_rl.types import EpisodeLog
+
+VERSIONS = {"packages": {"jax": "0.11.2", "numpy": "2.4.6"}, "python": "3.11.7", "git_commit": "abc123"}
+CHAIN = [[30.0, 50.0], [34.0, 46.0], [32.0, 54.0]]
+MEMORYLESS = [[30.0, 32.0], [34.0, 31.0], [32.0, 33.0]]
+RANDOM = [[10.0, 11.0], [12.0, 9.0], [10.0, 8.0]]
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+def log(returns, context):
+    returns = np.asarray(returns, np.float64)
+    made = EpisodeLog(
+        returns=returns,
+        num_steps=np.full(returns.shape, 1000, np.int64),
+        context=context,
+        task="walker_run",
+        action_repeat=1,
+        target_return=float("nan") if context == "random" else 60.0,
+        seed=1_000_000,
+        seconds=1.0,
+    )
+    return records.log_to_json(made)
+
+
+def write_run(
+    root, name, *, agent="at", seed=0, num_trajectories=2, logs=None, task="walker_run", **evaluation
+):
+    """A run folder with one evaluation, or none if `logs` is empty."""
+    folder = records.RunFolder(root / name)
+    folder.evaluations_path.mkdir(parents=True)
+    data = config.DataConfig(num_trajectories=num_trajectories, task=task)
+    folder.config_path.write_text(
+        config.to_toml(config.TrainConfig(run=name, agent=agent, seed=seed, data=data))
+    )
+    statistics = {
+        "task": task,
+        "observation_mean": [0.0, 0.0],
+        "observation_std": [1.0, 1.0],
+        "action_dim": 6,
+        "action_repeat": 1,
+        "episode_steps": 1000,
+        "returns": [5.0, 10.0, 20.0, 25.0, 60.0],
+        "reward_abs_max": 1.0,
+        "num_episodes": 5,
+        "source": "walker/proto",
+        "subset": "first-5",
+        "digest": "d1",
+    }
+    records.write_json(folder.path / "statistics.json", statistics)
+    command = f"bpt-rl train at.toml --seed {seed}"
+    records.write_json(folder.path / "versions.json", VERSIONS | {"command": command})
+    lines = [{"step": 20 * i, "loss": 1 / i} for i in range(1, 30)]
+    folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs = {"chain": CHAIN, "memoryless": MEMORYLESS, "random": RANDOM} if logs is None else logs
+    if logs:
+        record = {
+            "schema": 1,
+            "agent": agent,
+            "run": name,
+            "step": 600,
+            "task": task,
+            "num_episodes": np.shape(logs["chain"])[1],
+            "num_chains": len(logs["chain"]),
+            "num_trajectories": num_trajectories,
+            "action_repeat": 1,
+            "target_return": 60.0,
+            "target_rule": "largest return in the data",
+            "train_seed": seed,
+            "environment_seed": 1_000_000,
+            "data": {
+                "source": "walker/proto",
+                "subset": "first-5",
+                "digest": "d1",
+                "mean_return": 24.0,
+                "largest_return": 60.0,
+                "num_episodes": 5,
+            },
+            "logs": {context: log(returns, context) for context, returns in logs.items()},
+            "versions": VERSIONS,
+            "command": f"bpt-rl evaluate {name}",
+        }
+        records.write_json(folder.evaluations_path / "step.json", record | evaluation)
+    return folder.path
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and keeps what the tests ask for."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.numbers, self.words, self.ids, self.urls, self.labels = [], [], [], [], [], []
+        self.tags = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag not in VOID:
+            self.stack.append(tag)
+        self.record(tag, values)
+
+    def handle_startendtag(self, tag, attributes):
+        self.record(tag, dict(attributes))
+
+    def record(self, tag, values):
+        self.tags.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.urls += [values[name] for name in ("src", "href", "xlink:href", "data") if name in values]
+        if "data-protocol" in values:
+            self.numbers.append((values["data-protocol"], float(values["data-value"]), values["title"]))
+        if tag in ("svg", "img"):
+            self.labels.append(values.get("aria-label") or values.get("alt"))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] != "style":
+            self.words.append(data)
+
+
+def make_page(paths, out):
+    return Page(write_report(paths, out).read_text())
+
+
+@pytest.fixture
+def single(tmp_path):
+    return write_run(tmp_path, "at_seed0")
+
+
+def test_report_shows_every_number_of_the_table(single, tmp_path):
+    page = make_page([single], tmp_path / "report.html")
+    found = {protocol: value for protocol, value, _ in page.numbers}
+    expected = {
+        "mean, context kept": 41.0,
+        "first, context kept": 32.0,
+        "last, context kept": 50.0,
+        "max, context kept": 50.0,
+        "improvement, context kept": 18.0,
+        "mean, memoryless control": 32.0,
+        "max, memoryless control": 33.0,
+        "mean, random policy": 10.0,
+        "data mean": 24.0,
+        "data best": 60.0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    luck = [30.0, 31.0, 32.0, 32.0, 33.0, 34.0]
+    every = [max(a, b) for a in luck for b in luck]
+    assert found["null max of 2, memoryless control"] == pytest.approx(np.mean(every))
+
+
+def test_every_number_carries_its_label(single, tmp_path):
+    page = make_page([single], tmp_path / "report.html")
+    labels = {protocol: label for protocol, _, label in page.numbers}
+    assert labels["last, context kept"] == (
+        "last, context kept; subset first-5; 2 episodes a chain, 3 chains; 1 training seed; "
+        "95% bootstrap interval over chains"
+    )
+    assert labels["data best"] == "data best; subset first-5; 5 episodes; exact for the subset, no interval"
+    assert "no training" in labels["mean, random policy"]
+    assert labels["null max of 2, memoryless control"].endswith("over episodes")
+
+
+def test_verdict_says_what_the_intervals_say(single, tmp_path):
+    text = make_page([single], tmp_path / "report.html").text
+    assert "On walker_run , Agentic Transformer (2 trajectories) returns 41.0 [40.0, 43.0] an episode" in text
+    assert "It beats the random policy twice over: 41.0 [40.0, 43.0] against 10.0" in text
+    assert "It beats the mean of the data it learnt from: 41.0 [40.0, 43.0] against 24.0" in text
+    assert "Earlier episodes in context help:" in text and "a difference of +9.00" in text
+    assert "The largest return of a chain is more than luck:" in text
+
+
+def test_verdict_does_not_claim_what_the_memoryless_control_does_as_well(tmp_path):
+    same = {
+        "chain": [[20.0, 40.0], [40.0, 22.0], [30.0, 28.0]],
+        "memoryless": [[38.0, 20.0], [22.0, 40.0], [31.0, 29.0]],
+    }
+    text = make_page([write_run(tmp_path, "at", logs=same)], tmp_path / "report.html").text
+    assert "There is no evidence that earlier episodes in context help:" in text
+    assert "no more than luck can explain" in text
+    assert "It was not compared with random actions" in text
+    assert "More than luck" not in text
+
+
+def test_one_chain_is_reported_without_an_interval(tmp_path):
+    path = write_run(tmp_path, "at", logs={"chain": [[30.0, 50.0]], "memoryless": [[30.0, 31.0]]})
+    text = make_page([path], tmp_path / "report.html").text
+    assert "40.0 (one sample, no interval)" in text
+    assert "nan" not in text.lower()
+    assert "It cannot be told from the mean of the data" in text
+
+
+def test_agent_without_memory_has_no_context_to_judge(tmp_path):
+    path = write_run(tmp_path, "bc", agent="bc", num_trajectories=1, logs={"chain": CHAIN, "random": RANDOM})
+    page = make_page([path], tmp_path / "report.html")
+    found = {protocol: value for protocol, value, _ in page.numbers}
+    assert found["mean, no context"] == 41.0
+    assert found["null max of 2, memoryless control"] > 41.0
+    assert "Does not apply" in page.text
+    assert "Not measured" not in page.text
+
+
+def test_seeds_of_one_experiment_are_grouped(tmp_path):
+    higher = [[r + 20 for r in chain] for chain in CHAIN]
+    paths = [
+        write_run(tmp_path, "a", seed=0),
+        write_run(tmp_path, "b", seed=1, logs={"chain": higher, "memoryless": MEMORYLESS, "random": RANDOM}),
+    ]
+    page = make_page(paths, tmp_path / "report.html")
+    found = [(value, label) for protocol, value, label in page.numbers if protocol == "mean, context kept"]
+    assert found == [
+        (
+            51.0,
+            "mean, context kept; subset first-5; 2 episodes a chain, 3 chains; 2 training seeds; "
+            "95% bootstrap interval over seeds, then chains",
+        )
+    ]
+    (group,) = report_groups.group_runs(report_groups.read_runs(paths))
+    assert len(group.logs("chain")) == 2
+    # Random actions were the same in both: one sample, not two.
+    assert len(group.logs("random")) == 1
+    single = protocols.mean(records.log_from_json(log(RANDOM, "random")))
+    random = report_verdict.number(group, "mean", "random")
+    assert (random.low, random.high) == (single.low, single.high)
+
+
+def test_other_settings_make_another_group_and_are_named(tmp_path):
+    paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", target_rule="0.9 quantile")]
+    groups = report_groups.group_runs(report_groups.read_runs(paths))
+    assert [g.note for g in groups] == ["target rule 0.9 quantile", "target rule largest return in the data"]
+
+
+def test_page_is_well_formed_and_loads_nothing(single, tmp_path):
+    (single / "evaluations" / "episode.gif").write_bytes(b"GIF89a-not-really")
+    text = write_report([single], tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert "http://" not in text and "https://" not in text
+    assert "@import" not in text and "url(http" not in text
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert all(url.startswith(("#", "data:")) for url in page.urls)
+    assert len(page.ids) == len(set(page.ids))
+    encoded = base64.b64encode(b"GIF89a-not-really").decode()
+    assert f"data:image/gif;base64,{encoded}" in page.urls
+    assert all(page.labels)
+
+
+def test_plots_are_valid_svg_in_the_colours_of_the_page(single, tmp_path):
+    text = write_report([single], tmp_path / "report.html").read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(svgs) == 3  # episodes within the context, histogram, loss
+    for svg in svgs:
+        xml.etree.ElementTree.fromstring(svg.replace("xlink:href", "href"))
+        used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+        assert used - {"none"} <= {c for c in used if c.startswith("var(--")} | {"#ffffff"}
+        assert all(f"{c[4:-1]}:" in text for c in used if c.startswith("var("))
+    labels = Page(text).labels
+    assert any("context kept goes from 32.0 [30.0, 34.0] to 50.0 [46.0, 54.0]" in label for label in labels)
+    assert any("from 5.00 to 60.0" in label for label in labels)
+
+
+def test_ablation_appears_only_with_two_trajectory_counts(tmp_path):
+    paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", agent="dt", num_trajectories=4)]
+    assert "How many trajectories" not in make_page(paths, tmp_path / "one.html").text
+    paths.append(write_run(tmp_path, "c", num_trajectories=8))
+    page = make_page(paths, tmp_path / "two.html")
+    assert "How many trajectories" in page.text
+    assert any(
+        re.search(r"mean, context kept: 41\.0 \[40.* at 2, 41\.0 \[40.* at 8", label) for label in page.labels
+    )
+    assert any(re.search(r"luck alone: 32\.7 .* at 2, 32\.7 .* at 8", label) for label in page.labels)
+
+
+def test_run_without_evaluation_shows_its_training_alone(tmp_path):
+    page = make_page([write_run(tmp_path, "at", logs={})], tmp_path / "report.html")
+    assert "None of these runs has been evaluated" in page.text
+    assert "Not evaluated yet: at." in page.text
+    assert page.numbers == []
+    assert any(label.startswith("Training loss") for label in page.labels)
+
+
+def test_reason_for_a_missing_rendering_is_passed_on(single, tmp_path):
+    assert "libegl1" in make_page([single], tmp_path / "a.html").text
+    (single / "evaluations" / "rendering.txt").write_text("No episode was rendered: <reason>.\n")
+    page = make_page([single], tmp_path / "b.html")
+    assert "No episode was rendered: <reason>." in page.text
+    assert "libegl1" not in page.text
+
+
+def test_commands_configuration_and_versions_are_shown(single, tmp_path):
+    page = make_page([single], tmp_path / "report.html")
+    assert "bpt-rl train at.toml --seed 0" in page.text
+    assert "bpt-rl evaluate at_seed0" in page.text
+    assert 'agent = "at"' in page.text
+    assert "0.11.2" in page.text and "git commit" in page.text and "abc123" in page.text
+
+
+def test_text_from_files_is_escaped(tmp_path):
+    path = write_run(tmp_path, "at", target_rule="<script>alert(1)</script>")
+    text = write_report([path], tmp_path / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_same_folders_give_the_same_bytes(single, tmp_path):
+    paths = [write_report([single, single], tmp_path / name) for name in ("a.html", "b.html")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_folder_as_out_receives_report_html(single, tmp_path):
+    assert write_report([single], tmp_path) == tmp_path / "report.html"
+
+
+NUMBER = {
+    "value": 1.0,
+    "low": 0.5,
+    "high": 1.5,
+    "protocol": "mean",
+    "subset": "first-5",
+    "num_seeds": 1,
+    "num_chains": 3,
+    "num_episodes": 2,
+    "interval": "bootstrap",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": " "}, "must name its protocol"),
+        ({"subset": ""}, "must name its subset"),
+        ({"num_seeds": 0}, "must give its num_seeds; got 0"),
+        ({"num_chains": 0}, "must give its num_chains; got 0"),
+        ({"num_episodes": 0, "interval": "exact"}, "must give its num_episodes; got 0"),
+        ({"low": float("nan")}, "must have ordered bounds"),
+        ({"low": 2.0}, "must have ordered bounds"),
+        ({"interval": "one sample"}, "must have ordered bounds"),
+        ({"value": float("nan")}, "must be finite"),
+    ],
+)
+def test_number_without_its_provenance_is_refused(change, message):
+    report_numbers.ReportedNumber(**NUMBER)
+    with pytest.raises(ValueError, match=message):
+        report_numbers.ReportedNumber(**{**NUMBER, **change})
+
+
+def test_estimate_becomes_a_reported_number_with_its_interval():
+    size = {"subset": "first-5", "num_seeds": 1, "num_chains": 3, "num_episodes": 2}
+    number = report_numbers.reported(Estimate(1234.5, 1000.0, 1500.25, 3, "last"), **size)
+    assert number.text == "1,234 [1,000, 1,500]"
+    nan = float("nan")
+    assert report_numbers.reported(Estimate(-0.5, nan, nan, 1, "last"), **size).interval == "one sample"
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [
+        (0.0, True, "0.00"),
+        (-0.001, False, "0.00"),
+        (3.14159, True, "+3.14"),
+        (-25.04, False, "\N{MINUS SIGN}25.0"),
+        (9.96, False, "10.0"),
+        (1000, False, "1,000"),
+    ],
+)
+def test_returns_are_written_with_three_digits(value, signed, text):
+    assert report_numbers.format_return(value, signed) == text
+
+
+def test_errors_say_what_to_do(single, tmp_path):
+    out = tmp_path / "report.html"
+    with pytest.raises(ValueError, match="needs a run folder; got none"):
+        write_report([], out)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        write_report([tmp_path / "nowhere"], out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"must hold config\.toml"):
+        write_report([tmp_path / "empty"], out)
+    other = write_run(tmp_path, "other", task="walker_walk")
+    with pytest.raises(ValueError, match="must share a task; got walker_run, walker_walk"):
+        write_report([single, other], out)
+    twin = write_run(tmp_path, "twin")
+    with pytest.raises(ValueError, match="must differ in seed; got seed 0"):
+        write_report([single, twin], out)
+    old = write_run(tmp_path, "old", schema=0)
+    with pytest.raises(ValueError, match=r"must have schema 1; .* has 0"):
+        write_report([old], out)
+    assert not out.exists()
