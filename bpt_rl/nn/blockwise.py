@@ -209,7 +209,7 @@ def _logits(plan: _Plan, chunks: _Chunks, i: Array, j: Array) -> Array:
 
 
 def _matmul(subscripts: str, left: Array, right: Array) -> Array:
-    """Returns a product of the operands' narrower type, summed in float32 or wider."""
+    """Returns a product of operands of the type of `right`, summed in float32 or wider."""
     dtype = right.dtype
     return jnp.einsum(
         subscripts, left.astype(dtype), right, preferred_element_type=jnp.promote_types(dtype, jnp.float32)
