@@ -18,7 +18,7 @@ def apply_rotary(
 
     Half-split pairs: entry k goes with entry k + K/2 and turns by position * base^(-2k/K) radians. The
     rotation is computed in float32 (float64 for float64 `x`); the result has the type of `x`. Angles are
-    right within 4e-6 radians at 2 million tokens, and a dot product of two rotated vectors depends on their
+    right within 6e-6 radians at 2 million tokens, and a dot product of two rotated vectors depends on their
     distance alone, up to float32 rounding.
 
     Args:

@@ -29,7 +29,7 @@ def test_rotary_matches_the_formula_in_float64_at_any_position(start):
     x = normal(0, (2, 30, 3, 64))
     positions = start + jnp.broadcast_to(jnp.arange(30), (2, 30))
     rotated = apply_rotary(x, positions)
-    # The largest entry is about 4; angles are right within 2^-41 turns a token: 4e-6 at 2M and 3e-5 at 16M.
+    # The largest entry is about 4; angles are right within 2^-41 turns a token: 6e-6 at 2M and 5e-5 at 16M.
     tolerance = 4 * 2 * np.pi * (start + 30) * 2.0**-41 + 5e-6
     np.testing.assert_allclose(rotated, rotate_in_float64(x, positions, 10000.0), rtol=0, atol=tolerance)
 
