@@ -154,7 +154,10 @@ def difference(
 
 
 def beyond_luck(logs: Sequence[EpisodeLog], memoryless_logs: Sequence[EpisodeLog]) -> Estimate:
-    """Returns the largest return of a chain less `null_max` of as many episodes, drawn as in `difference`."""
+    """Returns the largest return of a chain less `null_max` of as many episodes, drawn as in `difference`.
+
+    With 8 to 16 chains without any memory, 3% to 6% of the intervals lie above zero, not 2.5%: see `null_max`.
+    """
     num_episodes = logs[0].returns.shape[1]
     ours = [per_chain("max", log) for log in logs]
     theirs = [np.asarray(log.returns, np.float64).ravel() for log in memoryless_logs]

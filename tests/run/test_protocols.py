@@ -127,6 +127,23 @@ def test_difference_of_an_agent_and_its_control_pairs_their_seeds():
     assert (found.low, found.value, found.high) == pytest.approx((1.0, 1.0, 1.0), rel=1e-9)
 
 
+def test_beyond_luck_is_the_largest_less_the_null_max():
+    control = make_log([[1.0, 2.0, 0.0], [3.0, 1.0, 4.0]], "memoryless")
+    found = protocols.beyond_luck([LOG], [control])
+    assert found.value == pytest.approx(6.0 - protocols.null_max(control, 3).value, rel=1e-12)
+    assert 1.0 <= found.low < found.value < found.high <= 7.0
+
+
+def test_beyond_luck_seldom_finds_memory_where_there_is_none():
+    generator = np.random.default_rng(3)
+    found = 0
+    for _ in range(100):
+        ours, control = generator.normal(size=(2, 16, 4))
+        found += protocols.beyond_luck([make_log(ours)], [make_log(control)]).low > 0
+    # Documented at most 6%; three standard errors of 100 trials are 7%.
+    assert found <= 13
+
+
 def test_estimates_repeat_exactly():
     assert protocols.mean(LOG) == protocols.mean(dataclasses.replace(LOG))
 
