@@ -101,8 +101,9 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.stack, self.numbers, self.words, self.ids, self.urls, self.labels = [], [], [], [], [], []
-        self.tags = []
+        self.stack, self.numbers, self.words, self.ids, self.urls, self.labels, self.tags = (
+            [] for _ in range(7)
+        )
         self.feed(text)
         self.close()
         assert self.stack == []
