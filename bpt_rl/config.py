@@ -5,7 +5,6 @@ import difflib
 import importlib.resources
 import json
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -367,7 +366,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    expected = hint.__name__ if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) else hint
+    expected = hint.__name__ if typing.get_origin(hint) is None else hint
     raise ValueError(f"{where} must be of type {expected}; got {value!r}. Change it in the configuration.")
 
 

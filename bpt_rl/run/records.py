@@ -71,7 +71,8 @@ class RunFolder:
     def statistics(self) -> DataStatistics:
         """Returns the statistics of the training data."""
         values = json.loads((self.path / "statistics.json").read_text())
-        return DataStatistics(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return DataStatistics(**fields)
 
     def versions(self) -> dict[str, Any]:
         """Returns the versions, git commit and machine that the run was trained with."""
