@@ -22,7 +22,8 @@ STATISTICS = DataStatistics(
     returns=(1.0, 2.0, 6.0),
     reward_abs_max=1.0,
     num_episodes=3,
-    source="walker, random, full",
+    source="walker, random",
+    subset="full",
     digest="0" * 64,
 )
 
