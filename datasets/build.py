@@ -19,7 +19,14 @@ from jaxtyping import Float, Int
 from bpt_rl import __version__
 from bpt_rl.config import BuildConfig
 from bpt_rl.datasets import exorl
-from bpt_rl.datasets.store import FORMAT_VERSION, columns_of, episode_digest, store_digest
+from bpt_rl.datasets.store import (
+    FORMAT_VERSION,
+    attributes_digest,
+    columns_of,
+    episode_digest,
+    fixed_text,
+    store_digest,
+)
 from bpt_rl.datasets.whole_file import whole_file
 from bpt_rl.envs import processes, rewards, tasks
 from bpt_rl.types import Trajectory
@@ -47,7 +54,8 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
         # Prepared before the file is opened: its sizes are the store's, and most mistakes show here.
         first = next(prepared)
         _check_space(out, first, lengths)
-        with whole_file(out) as raw, h5py.File(raw, "w") as file:
+        # Version 1.10 of the format carries checksums of its own structures.
+        with whole_file(out) as raw, h5py.File(raw, "w", libver=("v110", "v110")) as file:
             _create(file, first, lengths)
             digests = []
             for i, trajectory in enumerate(itertools.chain([first], prepared)):
@@ -206,14 +214,15 @@ def _set_attributes(
     file: Any, config: BuildConfig, domain: str, task_names: tuple[str, ...], digests: Sequence[str]
 ) -> None:
     packages = {name: importlib.metadata.version(name) for name in ("numpy", "mujoco", "dm_control", "h5py")}
-    file.attrs["domain"] = domain
-    file.attrs["source"] = _source_name(config.source, domain)
-    file.attrs["subset"] = config.subset
-    file.attrs["tasks"] = list(task_names)
+    file.attrs["domain"] = fixed_text(domain)
+    file.attrs["source"] = fixed_text(_source_name(config.source, domain))
+    file.attrs["subset"] = fixed_text(config.subset)
+    file.attrs["tasks"] = np.array([task.encode() for task in task_names])
     file.attrs["action_repeat"] = config.action_repeat
     file.attrs["format_version"] = FORMAT_VERSION
-    file.attrs["versions"] = json.dumps(packages | {"bpt_rl": __version__})
-    file.attrs["digest"] = store_digest(digests, task_names, config.action_repeat)
+    file.attrs["versions"] = fixed_text(json.dumps(packages | {"bpt_rl": __version__}))
+    file.attrs["digest"] = fixed_text(store_digest(digests, task_names, config.action_repeat))
+    file.attrs["attributes_digest"] = fixed_text(attributes_digest(file.attrs))
 
 
 def _source_name(source: str, domain: str) -> str:

@@ -61,14 +61,35 @@ class Store:
             raise ValueError(
                 f"A store must be a whole HDF5 file; {path} is not: {error}. Build it again."
             ) from error
-        version = file.attrs.get("format_version")
+        store = cls(file, path)
+        try:
+            fault = store._layout_fault()
+        except Exception as error:
+            # HDF5 and h5py answer damage with errors of many kinds.
+            fault = f"cannot be read: {error}"
+        if fault:
+            store.close()
+            raise ValueError(f"A store must hold what the builder wrote; {path} {fault}. Build it again.")
+        return store
+
+    def _layout_fault(self) -> str:
+        version = self._file.attrs.get("format_version")
+        if version is None:
+            return "has no format version, so that it is no store"
         if version != FORMAT_VERSION:
-            file.close()
-            found = "no format version: it is not a store" if version is None else f"format version {version}"
-            raise ValueError(
-                f"A store must have format version {FORMAT_VERSION}; {path} has {found}. Build it again."
-            )
-        return cls(file, path)
+            return f"has format version {version} and not {FORMAT_VERSION}"
+        if attributes_digest(self._file.attrs) != self._text("attributes_digest"):
+            return "has attributes that do not match their digest"
+        rewards = [f"{kind}/{task}" for task in self.tasks for kind in ("reward", "return")]
+        names = [*_COLUMNS, *rewards, "length", "digest"]
+        counts = {len(self._file[name]) for name in names}
+        rows = {self._file[name].shape[1] for name in names if self._file[name].ndim > 1}
+        if len(counts) != 1 or rows != {int(self.lengths.max()) + 1}:
+            return f"has arrays of {sorted(counts)} episodes and {sorted(rows)} rows"
+        return ""
+
+    def _text(self, name: str) -> str:
+        return bytes(self._file.attrs[name]).decode()
 
     def close(self) -> None:
         """Closes the file."""
@@ -96,22 +117,22 @@ class Store:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks whose rewards are stored."""
-        return tuple(str(task) for task in self._file.attrs["tasks"])
+        return tuple(bytes(task).decode() for task in self._file.attrs["tasks"])
 
     @property
     def domain(self) -> str:
         """Simulated body."""
-        return str(self._file.attrs["domain"])
+        return self._text("domain")
 
     @property
     def source(self) -> str:
         """Domain and collector of the episodes, or the name of their folder."""
-        return str(self._file.attrs["source"])
+        return self._text("source")
 
     @property
     def subset(self) -> str:
         """Name of the subset; it belongs beside every result."""
-        return str(self._file.attrs["subset"])
+        return self._text("subset")
 
     @property
     def action_repeat(self) -> int:
@@ -121,12 +142,12 @@ class Store:
     @property
     def digest(self) -> str:
         """SHA-256 that identifies the content: every episode, the tasks and the action repeat."""
-        return str(self._file.attrs["digest"])
+        return self._text("digest")
 
     @property
     def versions(self) -> dict[str, str]:
         """Packages that the store was built with."""
-        versions: dict[str, str] = json.loads(self._file.attrs["versions"])
+        versions: dict[str, str] = json.loads(self._text("versions"))
         return versions
 
     @property
@@ -231,6 +252,22 @@ def store_digest(episode_digests: Sequence[str], tasks: Sequence[str], action_re
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def fixed_text(text: str) -> Shaped[np.ndarray, ""]:
+    """Returns text as an attribute of fixed length.
+
+    HDF5 keeps text of variable length without a checksum, and one wrong bit there makes it read for ever.
+    """
+    return np.array(text.encode(), f"S{max(1, len(text.encode()))}")
+
+
+def attributes_digest(attributes: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a store's attributes but for this digest itself."""
+    values = {
+        key: np.asarray(value).tolist() for key, value in attributes.items() if key != "attributes_digest"
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=bytes.decode).encode()).hexdigest()
+
+
 def verify(path: str | os.PathLike[str]) -> int:
     """Returns the number of episodes after checking every byte of each against the digests.
 
@@ -239,11 +276,12 @@ def verify(path: str | os.PathLike[str]) -> int:
       ValueError: If the file is no store, or any array differs from what was written; the episode is named.
     """
     with Store.open(path) as store:
-        digests = [str(digest, "ascii") for digest in store._file["digest"]]
+        digests = [bytes(digest).decode("ascii", "replace") for digest in store._file["digest"]]
         for i, expected in enumerate(digests):
             try:
-                fault = _fault(store, i, expected)
-            except OSError as error:
+                fault = _episode_fault(store, i, expected)
+            except Exception as error:
+                # As above: damage has many kinds of error.
                 fault = f"cannot be read ({error})"
             if fault:
                 raise ValueError(
@@ -256,7 +294,7 @@ def verify(path: str | os.PathLike[str]) -> int:
         return store.num_episodes
 
 
-def _fault(store: Store, i: int, expected: str) -> str:
+def _episode_fault(store: Store, i: int, expected: str) -> str:
     trajectory = store.episode(i)
     if episode_digest(trajectory) != expected:
         return "does not match its digest"

@@ -107,6 +107,13 @@ def test_the_domain_comes_from_tasks_then_the_option_then_the_path(changes, expe
     assert domain_and_tasks(BuildConfig(**changes)) == expected
 
 
+@pytest.mark.parametrize("subset", ["", "die ersten fünf"])
+def test_any_text_names_a_subset(folder, tmp_path, subset):
+    config = config_of(folder, tmp_path, max_episodes=1, subset=subset, tasks=("cartpole_balance",))
+    with Store.open(build_store(config)) as built:
+        assert built.subset == subset
+
+
 def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
     for changes, message in [
         ({"tasks": ("walker_run", "cheetah_run")}, "of its one domain; got domains cheetah, walker"),

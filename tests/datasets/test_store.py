@@ -6,7 +6,7 @@ import pytest
 
 from bpt_rl.config import BuildConfig
 from bpt_rl.datasets.build import build_store
-from bpt_rl.datasets.store import SMALLEST_STD, Store, describe, verify
+from bpt_rl.datasets.store import SMALLEST_STD, Store, attributes_digest, describe, fixed_text, verify
 
 TASKS = ("cartpole_swingup", "cartpole_balance")
 
@@ -94,15 +94,41 @@ def test_verify_accepts_an_untouched_store_and_names_the_episode_that_was_change
             "episode 0 of .* has a return of cartpole_swingup that is not the sum",
         ),
         ("length", 0, "episode 0 of .* does not match its digest"),
+        ("digest", 1, "episode 1 of .* does not match its digest"),
     ]:
         spoil(path, name, index, 9)
         with pytest.raises(ValueError, match=message):
             verify(path)
         path.write_bytes(content)
     with h5py.File(path, "r+") as file:
-        file.attrs["action_repeat"] = 2
+        file.attrs["digest"] = fixed_text("0")
+        file.attrs["attributes_digest"] = fixed_text(attributes_digest(file.attrs))
     with pytest.raises(ValueError, match=r"digest must follow from its episodes'; that of .* does not"):
         verify(path)
+
+
+def test_no_flipped_bit_of_an_array_or_attribute_passes(path):
+    content = path.read_bytes()
+    with Store.open(path) as store:
+        before = describe(store)
+        arrays = [store.episode(i) for i in range(3)]
+    generator = np.random.default_rng(0)
+    refused = 0
+    for position in generator.choice(len(content), 150, replace=False):
+        spoilt = bytearray(content)
+        spoilt[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(spoilt)
+        try:
+            verify(path)
+        except ValueError:
+            refused += 1
+            continue
+        # The bit lies in free space of the file.
+        with Store.open(path) as store:
+            assert describe(store) == before
+            for i in range(3):
+                np.testing.assert_equal(vars(store.episode(i)), vars(arrays[i]))
+    assert refused > 50
 
 
 def test_describe_gives_plain_values_of_a_path_and_of_a_store(path):
@@ -137,11 +163,25 @@ def test_files_that_are_no_store_are_refused(path, tmp_path):
     with pytest.raises(ValueError, match=r"must be a whole HDF5 file; .*cut\.h5 is not: "):
         Store.open(tmp_path / "cut.h5")
     h5py.File(tmp_path / "other.h5", "w").close()
-    with pytest.raises(ValueError, match="has no format version: it is not a store"):
+    with pytest.raises(ValueError, match="has no format version, so that it is no store"):
         Store.open(tmp_path / "other.h5")
     with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = 99
+        file.attrs["subset"] = fixed_text("other")
     with pytest.raises(
-        ValueError, match=r"must have format version 1; .* has format version 99\. Build it again"
+        ValueError, match=r"s\.h5 has attributes that do not match their digest\. Build it again"
     ):
+        Store.open(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["subset"] = fixed_text("full")
+        action = file["action"][:]
+        del file["action"]
+    with pytest.raises(ValueError, match=r"s\.h5 cannot be read: .*action"):
+        Store.open(path)
+    with h5py.File(path, "r+") as file:
+        file["action"] = action[:2]
+    with pytest.raises(ValueError, match=r"has arrays of \[2, 3\] episodes and \[61\] rows"):
+        Store.open(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 99
+    with pytest.raises(ValueError, match=r"s\.h5 has format version 99 and not 1\. Build it again"):
         Store.open(path)
