@@ -91,7 +91,9 @@ class DataStatistics:
     reward_abs_max: float
     num_episodes: int
     source: str
-    """Where the episodes came from: domain, collector and subset."""
+    """Folder or archive the episodes came from."""
+    subset: str
+    """Name of the subset of the source."""
     digest: str
     """Store digest."""
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +223,34 @@ def evaluate_run(
     return record
 
 
+def describe_record(record: Mapping[str, Any]) -> str:
+    """Returns the numbers of an evaluation record as lines of text, each with its protocol and interval."""
+    data = record["data"]
+    lines = [
+        f"{record['agent']} on {record['task']}, step {record['step']}, one training seed ({record['train_seed']}); "
+        f"{record['num_chains']} chains of {record['num_episodes']} episodes; target {record['target_return']:.1f} "
+        f"({record['target_rule']}); raw returns, 95% bootstrap intervals over chains:"
+    ]
+    for context, estimates in record["estimates"].items():
+        values = [f"{name} {_with_interval(estimates[name])}" for name in ("first", "last", "mean", "max")]
+        lines.append(f"  {context:<11}" + "  ".join(values))
+    lines.append(
+        f"  data ({data['source']}, subset {data['subset']}, {data['num_episodes']} episodes): "
+        f"mean {data['mean_return']:.1f}, best {data['largest_return']:.1f}"
+    )
+    return "\n".join(lines)
+
+
+def _with_interval(estimate: Mapping[str, float | None]) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:.1f} [one chain, no interval]"
+    return f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]"
+
+
 def _data_summary(statistics: DataStatistics, trained: TrainConfig) -> dict[str, Any]:
-    source, _, subset = statistics.source.rpartition(":")
     return {
-        "source": source,
-        "subset": subset,
+        "source": statistics.source,
+        "subset": statistics.subset,
         "digest": statistics.digest,
         "mean_return": statistics.mean_return,
         "largest_return": statistics.largest_return,

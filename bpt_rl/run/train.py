@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -108,11 +106,18 @@ def train_step(
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def train(config: TrainConfig, report_progress: Progress | None = None) -> records.RunFolder:
+def train(
+    config: TrainConfig, report_progress: Progress | None = None, *, command: str = ""
+) -> records.RunFolder:
     """Trains to the configured number of steps, going on from the newest checkpoint of the run folder.
 
     Interrupted at any step and called again, it ends with the parameters of an uninterrupted run, bit for bit
     on the CPU.
+
+    Args:
+      config: Of the run.
+      report_progress: Told of every gradient step.
+      command: Command line that repeats this, for the record.
 
     Raises:
       FileNotFoundError: If the store does not exist.
@@ -130,7 +135,7 @@ def train(config: TrainConfig, report_progress: Progress | None = None) -> recor
         start = saved.latest_step or 0
         if start:
             state = saved.restore(start, jax.eval_shape(lambda s: s, state))
-        _write_description(config, folder, dataclasses.asdict(statistics), start)
+        _write_description(config, folder, dataclasses.asdict(statistics), start, command)
         _run_steps(config, folder, saved, agent, optimizer, state, start, sampler, report_progress)
     return folder
 
@@ -216,11 +221,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_description(
-    config: TrainConfig, folder: records.RunFolder, statistics: Mapping[str, Any], start: int
+    config: TrainConfig, folder: records.RunFolder, statistics: Mapping[str, Any], start: int, command: str
 ) -> None:
     records.write_atomically(folder.config_path, config_lib.to_toml(config))
     records.write_json(folder.path / "statistics.json", statistics)
-    command = "bpt-rl " + " ".join(sys.argv[1:]) if os.path.basename(sys.argv[0]) == "bpt-rl" else "python"
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     records.write_json(folder.path / "versions.json", records.versions() | {"command": command, "device": device})
     kept = [line for line in folder.metrics() if line["step"] <= start]
