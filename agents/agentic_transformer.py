@@ -40,7 +40,14 @@ class AgenticTransformer:
         loss = action_loss(predicted, batch.action, batch.loss_mask, self._config.model.action_distribution)
         return loss, {"loss": loss}
 
-    def policy(self, params: Params, *, num_episodes: int = 1, clear_context: bool = False) -> CachedPolicy:
+    def policy(
+        self,
+        params: Params,
+        *,
+        num_episodes: int = 1,
+        clear_context: bool = False,
+        sample_seed: int | None = None,
+    ) -> CachedPolicy:
         """Returns the cached policy over chains of `num_episodes` episodes."""
         return CachedPolicy(
             self._graph,
@@ -50,4 +57,5 @@ class AgenticTransformer:
             num_episodes=num_episodes,
             clear_context=clear_context,
             completion=self._config.data.completion,
+            sample_seed=sample_seed,
         )

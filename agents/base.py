@@ -46,11 +46,22 @@ class Agent(Protocol):
     ) -> tuple[Float[jax.Array, ""], dict[str, Float[jax.Array, ""]]]:
         """Returns the mean loss over the steps that count and scalar metrics; `key` draws dropout."""
 
-    def policy(self, params: Params, *, num_episodes: int = 1, clear_context: bool = False) -> Policy:
+    def policy(
+        self,
+        params: Params,
+        *,
+        num_episodes: int = 1,
+        clear_context: bool = False,
+        sample_seed: int | None = None,
+    ) -> Policy:
         """Returns a policy whose context holds `num_episodes` episodes.
 
         Args:
           params: From `init` or a checkpoint.
           num_episodes: Episodes of a chain. More than these are refused, never silently cut.
           clear_context: Forget everything at each episode's end: the memoryless control.
+          sample_seed: Draw actions from the Gaussian head with this seed; their mean if None.
+
+        Raises:
+          ValueError: If actions are to be drawn and the agent has no Gaussian head.
         """

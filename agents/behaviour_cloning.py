@@ -1,6 +1,7 @@
 """Behaviour cloning with a multilayer perceptron; with `data.top_fraction = 0.1` it is BC-10%."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ class Perceptron(nnx.Module):
         model = config.model
         sizes = [observation_dim] + [model.embed_dim] * model.num_layers
         self.activation = ACTIVATIONS[model.activation]
-        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], action_dim, rngs=rngs)
 
     def __call__(self, observation: Float[Any, "*batch O"]) -> Float[jax.Array, "*batch A"]:
@@ -71,9 +72,24 @@ class BehaviourCloning:
         loss = action_loss(predicted, batch.action, batch.loss_mask, "deterministic")
         return loss, {"loss": loss}
 
-    def policy(self, params: Params, *, num_episodes: int = 1, clear_context: bool = False) -> "CloningPolicy":
-        """Returns the policy; it has no context, so neither argument matters."""
+    def policy(
+        self,
+        params: Params,
+        *,
+        num_episodes: int = 1,
+        clear_context: bool = False,
+        sample_seed: int | None = None,
+    ) -> "CloningPolicy":
+        """Returns the policy; it has no context, so neither number of episodes nor clearing matters.
+
+        Raises:
+          ValueError: If actions are to be drawn.
+        """
         del num_episodes, clear_context
+        if sample_seed is not None:
+            raise ValueError(
+                "Drawing actions needs a Gaussian head; behaviour cloning has none. Evaluate it without --sample."
+            )
         return CloningPolicy(self._graph, params, self._normalizer)
 
 

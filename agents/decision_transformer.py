@@ -44,7 +44,14 @@ class DecisionTransformer:
         loss = action_loss(predicted, batch.action, batch.loss_mask, self._config.model.action_distribution)
         return loss, {"loss": loss}
 
-    def policy(self, params: Params, *, num_episodes: int = 1, clear_context: bool = False) -> CachedPolicy:
+    def policy(
+        self,
+        params: Params,
+        *,
+        num_episodes: int = 1,
+        clear_context: bool = False,
+        sample_seed: int | None = None,
+    ) -> CachedPolicy:
         """Returns the cached policy; its context is cleared at each episode's end whatever is asked."""
         del num_episodes, clear_context
         return CachedPolicy(
@@ -55,4 +62,5 @@ class DecisionTransformer:
             num_episodes=1,
             clear_context=True,
             completion=self._config.data.completion,
+            sample_seed=sample_seed,
         )

@@ -10,9 +10,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bpt_rl import config as config_lib
+from bpt_rl import config_toml
 
 T = TypeVar("T")
 
@@ -37,7 +38,13 @@ def _parse(config_type: type[T], prog: str, arguments: Sequence[str], default: T
     verb = VERBS[prog.removeprefix("bpt-rl ")]
     description = f"{verb.summary}\n\nExample: {verb.example}"
     usage = f"{prog} {verb.arguments}".replace("[options]", "").strip()
-    return tyro.cli(config_type, prog=usage, args=list(arguments), default=default or config_type(), description=description)
+    return tyro.cli(
+        config_type,
+        prog=usage,
+        args=list(arguments),
+        default=default or config_type(),
+        description=description,
+    )
 
 
 def _split(prog: str, arguments: Sequence[str], needed: str) -> tuple[list[str], list[str]]:
@@ -45,7 +52,9 @@ def _split(prog: str, arguments: Sequence[str], needed: str) -> tuple[list[str],
     first_option = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
     positional, options = list(arguments[:first_option]), list(arguments[first_option:])
     if not positional and not {"-h", "--help"} & set(options):
-        raise ValueError(f"`{prog}` needs {needed}; got none. Example: {VERBS[prog.removeprefix('bpt-rl ')].example}")
+        raise ValueError(
+            f"`{prog}` needs {needed}; got none. Example: {VERBS[prog.removeprefix('bpt-rl ')].example}"
+        )
     return positional, options
 
 
@@ -54,7 +63,7 @@ def _command(prog: str, arguments: Sequence[str]) -> str:
 
 
 def _demo(prog: str, arguments: Sequence[str]) -> None:
-    config = _parse(config_lib.DemoConfig, prog, arguments, config_lib.load(config_lib.DemoConfig, "demo"))
+    config = _parse(config_lib.DemoConfig, prog, arguments, config_toml.load(config_lib.DemoConfig, "demo"))
     from bpt_rl.run.demo import demo
 
     print(f"Report: {demo(config, command=_command(prog, arguments))}")
@@ -106,7 +115,7 @@ def _verify(prog: str, arguments: Sequence[str]) -> None:
 
 def _train(prog: str, arguments: Sequence[str]) -> None:
     names, options = _split(prog, arguments, "a configuration: a TOML file or a preset")
-    default = config_lib.load(config_lib.TrainConfig, names[0]) if names else None
+    default = config_toml.load(config_lib.TrainConfig, names[0]) if names else None
     config = _parse(config_lib.TrainConfig, prog, [*names[1:], *options], default)
     from bpt_rl.run.console import Stages
     from bpt_rl.run.train import train
@@ -123,17 +132,18 @@ def _train(prog: str, arguments: Sequence[str]) -> None:
 def _evaluate(prog: str, arguments: Sequence[str]) -> None:
     paths, options = _split(prog, arguments, "a run folder")
     config = _parse(config_lib.EvaluateConfig, prog, options)
-    from bpt_rl.run.console import Stages
+    from bpt_rl.run.console import Advance, Stages
     from bpt_rl.run.evaluate import describe_record, evaluate_run, render_run
 
     with Stages(len(paths)) as stages:
         for path in paths:
             with stages.stage(f"evaluate {Path(path).name}") as advance:
+
+                def report(context: str, done: int, total: int, advance: Advance = advance) -> None:
+                    advance(done, total, note=context)
+
                 record = evaluate_run(
-                    Path(path),
-                    config,
-                    command=_command(prog, arguments),
-                    report_progress=lambda context, done, total, advance=advance: advance(done, total, note=context),
+                    Path(path), config, command=_command(prog, arguments), report_progress=report
                 )
             print(describe_record(record))
             print(render_run(Path(path), config))
@@ -141,7 +151,7 @@ def _evaluate(prog: str, arguments: Sequence[str]) -> None:
 
 def _ablate(prog: str, arguments: Sequence[str]) -> None:
     names, options = _split(prog, arguments, "a configuration: a TOML file or a preset")
-    default = config_lib.load(config_lib.AblateConfig, names[0]) if names else None
+    default = config_toml.load(config_lib.AblateConfig, names[0]) if names else None
     config = _parse(config_lib.AblateConfig, prog, [*names[1:], *options], default)
     from bpt_rl.run.ablate import ablate
     from bpt_rl.run.console import Stages
@@ -190,11 +200,14 @@ VERBS: Mapping[str, Verb] = {
         _build,
         "Relabel episodes for tasks of their domain into an HDF5 store.",
         "[options]",
-        "bpt-rl data build --source data/exorl/walker/ornstein_uhlenbeck/buffer --tasks walker_run --out data/walker.h5",
+        "bpt-rl data build --source data/exorl/walker/rnd --tasks walker_run --out data/walker.h5",
     ),
     "data info": Verb(_info, "Describe a store.", "STORE", "bpt-rl data info data/walker.h5"),
     "data verify": Verb(
-        _verify, "Check every byte of a store, or every episode of a folder.", "PATH", "bpt-rl data verify data/walker.h5"
+        _verify,
+        "Check every byte of a store, or every episode of a folder or zip.",
+        "PATH",
+        "bpt-rl data verify data/walker.h5",
     ),
     "train": Verb(
         _train,
@@ -237,8 +250,9 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            f"Presets for CONFIG: {', '.join(config_lib.preset_names())}",
-            "Every verb has --help, with units, defaults and an example. BPT_RL_TRACEBACK=1 shows where an error arose.",
+            f"Presets for CONFIG: {', '.join(config_toml.preset_names())}",
+            "Every verb has --help, with units, defaults and an example.",
+            "BPT_RL_TRACEBACK=1 shows where an error arose.",
         ]
     )
 
@@ -275,6 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bpt-rl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bpt-rl: interrupted. What is complete on disk stays; the same command goes on from there.", file=sys.stderr)
+        print(
+            "bpt-rl: interrupted. What is complete on disk stays; the same command goes on from there.",
+            file=sys.stderr,
+        )
         return 130
     return 0

@@ -45,7 +45,7 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
       OSError: If the store cannot be written. As after any error, nothing new is then left on disk.
     """
     domain, task_names = domain_and_tasks(config)
-    names = exorl.list_episodes(config.source)
+    names = [name for source in config.source for name in exorl.list_episodes(source)]
     names = names[: config.max_episodes or len(names)]
     lengths = _agent_steps(names, config.action_repeat)
     prepared = _prepared(config, domain, task_names, len(names))
@@ -84,16 +84,21 @@ def domain_and_tasks(config: BuildConfig) -> tuple[str, tuple[str, ...]]:
             f"All tasks of a store must be of its one domain; got domains {', '.join(sorted(named))}. "
             "Build a store for each."
         )
-    path = Path(config.source).absolute()
-    on_path = [part for part in [*path.parts, path.stem] if part in tasks.DOMAINS]
-    named = named or set(on_path[-1:])
     if not named:
+        named = {domain for source in config.source if (domain := _domain_on_path(source))}
+    if len(named) != 1:
         raise ValueError(
-            f"A store must have one domain; nothing in {config.source!r} says which. "
+            f"A store must have one domain; {', '.join(config.source)} says {', '.join(sorted(named)) or 'none'}. "
             f"Set tasks, or domain to one of {', '.join(tasks.DOMAINS)}."
         )
-    domain = named.pop()
+    [domain] = named
     return domain, tuple(dict.fromkeys(config.tasks)) or tasks.tasks_of(domain)
+
+
+def _domain_on_path(source: str) -> str | None:
+    path = Path(source).absolute()
+    on_path = [part for part in [*path.parts, path.stem] if part in tasks.DOMAINS]
+    return on_path[-1] if on_path else None
 
 
 def _agent_steps(names: Sequence[str], action_repeat: int) -> Int[np.ndarray, "E"]:
@@ -110,7 +115,8 @@ def _agent_steps(names: Sequence[str], action_repeat: int) -> Int[np.ndarray, "E
 def _prepared(
     config: BuildConfig, domain: str, task_names: tuple[str, ...], num_episodes: int
 ) -> Generator[Trajectory, None, None]:
-    episodes = itertools.islice(exorl.iterate_episodes(config.source), num_episodes)
+    every = itertools.chain.from_iterable(exorl.iterate_episodes(source) for source in config.source)
+    episodes = itertools.islice(every, num_episodes)
     prepare = functools.partial(
         _prepare, domain=domain, task_names=task_names, action_repeat=config.action_repeat
     )
@@ -215,7 +221,7 @@ def _set_attributes(
 ) -> None:
     packages = {name: importlib.metadata.version(name) for name in ("numpy", "mujoco", "dm_control", "h5py")}
     file.attrs["domain"] = fixed_text(domain)
-    file.attrs["source"] = fixed_text(_source_name(config.source, domain))
+    file.attrs["source"] = fixed_text(" + ".join(_source_name(source, domain) for source in config.source))
     file.attrs["subset"] = fixed_text(config.subset)
     file.attrs["tasks"] = np.array([task.encode() for task in task_names])
     file.attrs["action_repeat"] = config.action_repeat

@@ -7,7 +7,16 @@ import numpy as np
 from bpt_rl.datasets.chains import Chain
 from bpt_rl.types import LAYOUTS, PackedBatch
 
-STEP_FIELDS = ("observation", "action", "reward", "return_to_go", "completion", "step", "episode", "loss_mask")
+STEP_FIELDS = (
+    "observation",
+    "action",
+    "reward",
+    "return_to_go",
+    "completion",
+    "step",
+    "episode",
+    "loss_mask",
+)
 
 
 def steps_of(context_length: int, layout: str) -> int:

@@ -17,11 +17,8 @@ from bpt_rl.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    from_mapping,
-    load,
-    preset_names,
-    to_toml,
 )
+from bpt_rl.config_toml import from_mapping, load, preset_names, to_toml
 
 ALL = (
     ModelConfig,

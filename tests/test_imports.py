@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "types": 0,
     "config": 0,
+    "config_toml": 0,
     "envs": 1,
     "datasets": 2,
     "nn": 3,

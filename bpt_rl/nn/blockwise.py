@@ -155,8 +155,8 @@ def _forward(plan: _Plan, chunks: _Chunks) -> tuple[Array, tuple[_Chunks, Array,
         return (total / row_sum).astype(chunks.query.dtype), row_max + jnp.log(row_sum)
 
     out, log_sum_exp = jax.lax.map(query_chunk, jnp.arange(plan.num_query_chunks))
-    out = checkpoint_name(out, RESIDUAL_NAME)  # type: ignore[no-untyped-call]
-    log_sum_exp = checkpoint_name(log_sum_exp, RESIDUAL_NAME)  # type: ignore[no-untyped-call]
+    out = checkpoint_name(out, RESIDUAL_NAME)
+    log_sum_exp = checkpoint_name(log_sum_exp, RESIDUAL_NAME)
     return out, (chunks, out, log_sum_exp)
 
 

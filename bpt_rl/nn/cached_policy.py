@@ -19,6 +19,8 @@ class CachedCarry(NamedTuple):
     """A chain so far, for B environments. `act` takes over the cache: use each carry once."""
 
     cache: KeyValueCache
+    num_calls: int
+    """Actions taken since the start; each draws its own noise."""
     num_steps: Int[np.ndarray, "B"]
     """Steps in the context."""
     is_cleared: Bool[np.ndarray, "B"]
@@ -36,12 +38,20 @@ class CachedCarry(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    graph: nnx.GraphDef[Any], params: Any, cache: KeyValueCache, is_cleared: jax.Array, inputs: Step
+    graph: nnx.GraphDef[Any],
+    params: Any,
+    cache: KeyValueCache,
+    is_cleared: jax.Array,
+    inputs: Step,
+    key: jax.Array | None,
 ) -> tuple[KeyValueCache, jax.Array]:
     model = nnx.merge(graph, params)
     cache = cache._replace(length=jnp.where(is_cleared, 0, cache.length))
     action, cache = model.decode(inputs, cache)
-    return cache, action.mean
+    if key is None:
+        return cache, action.mean
+    noise = jax.random.normal(key, action.mean.shape)
+    return cache, jnp.clip(action.mean + jnp.exp(action.log_std) * noise, -1, 1)
 
 
 class CachedPolicy:
@@ -57,6 +67,7 @@ class CachedPolicy:
         num_episodes: int,
         clear_context: bool,
         completion: str,
+        sample_seed: int | None = None,
     ) -> None:
         """Binds parameters to a policy.
 
@@ -68,7 +79,17 @@ class CachedPolicy:
           num_episodes: Episodes the context holds; one where it is cleared.
           clear_context: Forget everything at each episode's end.
           completion: `per_episode` or `per_step`, as in training.
+          sample_seed: Draw actions from the Gaussian head; their mean if None.
+
+        Raises:
+          ValueError: If actions are to be drawn from a deterministic head.
         """
+        if sample_seed is not None and config.action_distribution != "gaussian":
+            raise ValueError(
+                "Drawing actions needs a Gaussian head; the model was trained with action_distribution "
+                f"{config.action_distribution!r}. Evaluate it without --sample."
+            )
+        self._key = None if sample_seed is None else jax.random.key(sample_seed)
         self._graph = graph
         self._params = params
         self._config = config
@@ -84,6 +105,7 @@ class CachedPolicy:
         indices = np.zeros(num_environments, np.int32)
         return CachedCarry(
             cache=self._model.init_cache(num_environments, self._capacity),
+            num_calls=0,
             num_steps=indices,
             is_cleared=np.zeros(num_environments, bool),
             previous_action=np.zeros((num_environments, self._model.action_dim), np.float32),
@@ -99,7 +121,7 @@ class CachedPolicy:
     def act(
         self, carry: CachedCarry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
     ) -> tuple[CachedCarry, Float[np.ndarray, "B A"]]:
-        """Returns the next carry and the mean action.
+        """Returns the next carry and the action: mean or sample.
 
         Raises:
           ValueError: If a context is full; nothing is ever dropped from it.
@@ -123,10 +145,12 @@ class CachedPolicy:
             step=carry.step,
             episode=carry.episode,
         )
-        cache, mean = _decode(self._graph, self._params, carry.cache, carry.is_cleared, inputs)
-        action = np.asarray(mean)
+        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
+        cache, drawn = _decode(self._graph, self._params, carry.cache, carry.is_cleared, inputs, key)
+        action = np.asarray(drawn)
         carry = carry._replace(
             cache=cache,
+            num_calls=carry.num_calls + 1,
             num_steps=num_steps,
             is_cleared=np.zeros_like(carry.is_cleared),
             previous_action=action,

@@ -1,6 +1,6 @@
 """Steps of trajectories as tokens, through the transformer, to actions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,15 @@ class ActionDistribution(NamedTuple):
 class Step(NamedTuple):
     """What one decoding step feeds in, in the model's units: the last step's outcome and this step's state."""
 
-    previous_action: Float[jax.Array, "B A"]
-    previous_reward: Float[jax.Array, "B"]
-    previous_completion: Float[jax.Array, "B"]
-    previous_step: Int[jax.Array, "B"]
-    previous_episode: Int[jax.Array, "B"]
-    return_to_go: Float[jax.Array, "B"]
-    observation: Float[jax.Array, "B O"]
-    step: Int[jax.Array, "B"]
-    episode: Int[jax.Array, "B"]
+    previous_action: Float[Any, "B A"]
+    previous_reward: Float[Any, "B"]
+    previous_completion: Float[Any, "B"]
+    previous_step: Int[Any, "B"]
+    previous_episode: Int[Any, "B"]
+    return_to_go: Float[Any, "B"]
+    observation: Float[Any, "B O"]
+    step: Int[Any, "B"]
+    episode: Int[Any, "B"]
 
 
 class TrajectoryModel(nnx.Module):
@@ -65,7 +65,9 @@ class TrajectoryModel(nnx.Module):
         embedding = nnx.initializers.normal(0.02)
         self.embed_step = nnx.Embed(episode_steps, width, embedding_init=embedding, rngs=rngs)
         if config.episode_embedding:
-            self.embed_episode = nnx.Embed(config.episode_embedding, width, embedding_init=embedding, rngs=rngs)
+            self.embed_episode = nnx.Embed(
+                config.episode_embedding, width, embedding_init=embedding, rngs=rngs
+            )
         self.embed_norm = nnx.RMSNorm(width, param_dtype=jnp.float32, rngs=rngs)
         self.transformer = Transformer(config, rngs)
         outputs = 2 * action_dim if config.action_distribution == "gaussian" else action_dim
@@ -76,7 +78,9 @@ class TrajectoryModel(nnx.Module):
         """Tokens of the step before the first one, which decoding writes and nothing sees."""
         return {"return_state_action_reward": 2, "return_state_action": 1, "fused": 0}[self.config.layout]
 
-    def _place(self, step: Int[jax.Array, "..."], episode: Int[jax.Array, "..."]) -> Float[jax.Array, "... D"]:
+    def _place(
+        self, step: Int[jax.Array, "..."], episode: Int[jax.Array, "..."]
+    ) -> Float[jax.Array, "... D"]:
         place = self.embed_step(step)
         if self.config.episode_embedding:
             place = place + self.embed_episode(jnp.minimum(episode, self.config.episode_embedding - 1))
@@ -105,7 +109,7 @@ class TrajectoryModel(nnx.Module):
             if self.config.layout == "return_state_action_reward":
                 tokens.append(self._outcome(batch.reward, batch.completion) + place)
         stacked = jnp.stack(tokens, axis=2)
-        return self.embed_norm(stacked.reshape(stacked.shape[0], -1, stacked.shape[-1]))
+        return jnp.asarray(self.embed_norm(stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])))
 
     def __call__(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> ActionDistribution:
         """Returns the predicted action of every step of a normalised batch, [B, T, A]."""

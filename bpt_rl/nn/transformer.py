@@ -1,7 +1,7 @@
 """Pre-norm causal transformer with rotary positions, blockwise feedforward and a key-value cache."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,11 @@ class Block(nnx.Module):
         self.head_dim = config.embed_dim // config.num_heads
         hidden = config.feedforward_dim or 4 * config.embed_dim
         linear = functools.partial(
-            nnx.Linear, dtype=jnp.dtype(config.compute_dtype), param_dtype=jnp.float32, use_bias=False, rngs=rngs
+            nnx.Linear,
+            dtype=jnp.dtype(config.compute_dtype),
+            param_dtype=jnp.float32,
+            use_bias=False,
+            rngs=rngs,
         )
         # Residual branches start small, so that the variance of the stream does not grow with depth.
         residual = nnx.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
@@ -131,7 +135,9 @@ def _cached_attention(
 ) -> Float[jax.Array, "B S H K"]:
     B, S, H, K = query.shape
     grouped = query.reshape(B, S, key.shape[2], -1, K)
-    logits = jnp.einsum("bsngk,bcnk->bngsc", grouped, key, preferred_element_type=jnp.float32) / jnp.sqrt(1.0 * K)
+    logits = jnp.einsum("bsngk,bcnk->bngsc", grouped, key, preferred_element_type=jnp.float32) / jnp.sqrt(
+        1.0 * K
+    )
     cached = jnp.arange(key.shape[1])
     is_past = (cached <= slots[..., None]) & (cached >= num_dummy)
     # A dummy sees itself, so that its softmax, which nothing reads, stays finite.
@@ -167,14 +173,14 @@ class Transformer(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         x = x.astype(self.config.compute_dtype)
 
-        def layer(stream: jax.Array, inputs: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+        def layer(stream: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             state, index = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             return nnx.merge(graph, state)(stream, positions, segment_ids, key), None
 
         body = jax.checkpoint(layer) if self.config.remat else layer
         x, _ = jax.lax.scan(body, x, (stacked, jnp.arange(self.config.num_layers)))
-        return self.norm(x)
+        return jnp.asarray(self.norm(x))
 
     def init_cache(self, num_rows: int, capacity: int) -> KeyValueCache:
         """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens."""

@@ -29,7 +29,9 @@ def cells(config: AblateConfig) -> Iterator[TrainConfig]:
     total = base.data.batch_size * max(config.num_trajectories)
     for seed in config.seeds:
         for count in config.num_trajectories:
-            batch_size, rest = (base.data.batch_size, 0) if config.equal == "gradient_steps" else divmod(total, count)
+            batch_size, rest = (
+                (base.data.batch_size, 0) if config.equal == "gradient_steps" else divmod(total, count)
+            )
             if rest:
                 raise ValueError(
                     f"Equal tokens need a whole number of chains in every batch; got {total} trajectories a batch "
@@ -72,7 +74,9 @@ def ablate(
         if not _is_finished(Path(cell.run), cell, config):
             train(cell, report, command=command)
             evaluate_run(Path(cell.run), config.evaluate, environments=environments, command=command)
-            records.write_json(Path(cell.run) / "cell.json", {"evaluate": dataclasses.asdict(config.evaluate)})
+            records.write_json(
+                Path(cell.run) / "cell.json", {"evaluate": dataclasses.asdict(config.evaluate)}
+            )
         report(num_steps, num_steps, {})
     return [Path(cell.run) for cell in grid]
 

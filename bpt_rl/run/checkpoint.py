@@ -58,7 +58,9 @@ class Checkpoints:
             )
         self._check_architecture(step, template)
         target = jax.tree.map(_with_sharding, template)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        )
         return restored["state"]
 
     def _check_architecture(self, step: int, template: Any) -> None:
@@ -82,5 +84,8 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     tree = getattr(tree, "tree", tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    names = ["/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p, _ in leaves]
+    names = [
+        "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p)
+        for p, _ in leaves
+    ]
     return {name: tuple(leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)}

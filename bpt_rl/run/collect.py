@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bpt_rl import config as config_lib
+from bpt_rl import config_toml
 from bpt_rl.agents.ornstein_uhlenbeck import OrnsteinUhlenbeckPolicy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.config import CollectConfig
@@ -123,9 +123,9 @@ def _claim(folder: Path, config: CollectConfig) -> None:
                 f"A folder must hold the episodes of one collection; {folder} holds others. "
                 "Choose another `out`."
             )
-        records.write_atomically(path, config_lib.to_toml(config))
+        records.write_atomically(path, config_toml.to_toml(config))
         return
-    there = config_lib.load(CollectConfig, str(path))
+    there = config_toml.load(CollectConfig, str(path))
     for field in dataclasses.fields(config):
         old, new = getattr(there, field.name), getattr(config, field.name)
         if field.name not in _FREE_FIELDS and old != new:

@@ -3,50 +3,109 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, EvaluateConfig, TrainConfig
+from gymnasium.vector import VectorEnv
+
+from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.vector import make_vector
-from bpt_rl.run.ablate import ablate, cells
+from bpt_rl.run.ablate import ablate
 from bpt_rl.run.collect import collect
 from bpt_rl.run.console import Advance, Stages
 from bpt_rl.run.evaluate import describe_record, evaluate_run, render_run
+from bpt_rl.run.records import RunFolder
 from bpt_rl.run.report import write_report
-from bpt_rl.run.train import train
-
-STAGES = ("collect", "build", "at", "dt", "bc", "report")
+from bpt_rl.run.train import Progress, train
 
 
 def demo(config: DemoConfig, *, command: str = "") -> Path:
     """Returns the path of the report, after collecting, relabelling, training, evaluating and ablating.
 
-    Every stage goes on from what an earlier call left in `config.out`.
+    Called again after an interruption, it keeps the episodes, checkpoints and finished cells that are there.
 
     Args:
       config: Of every station.
       command: Command line that repeats this, for the record.
     """
     out = Path(config.out)
-    collection = dataclasses.replace(config.collect, out=str(out / "exorl"), seed=config.seed)
-    store = out / "store.h5"
-    with Stages(len(STAGES)) as stages:
-        with stages.stage(f"collect {collection.task}, {collection.algorithm}") as advance:
-            buffer = collect(collection, advance)
-        with stages.stage(f"relabel for {config.task}, build the store") as advance:
-            build = BuildConfig(
-                source=str(buffer),
-                out=str(store),
-                tasks=(config.task,),
-                action_repeat=collection.action_repeat,
-                num_workers=collection.num_workers,
+    ablation, baselines = _plan(config, out)
+    with Stages(len(config.algorithms) + 3 + len(baselines)) as stages:
+        _make_store(config, out, stages)
+        with stages.stage("start the simulators") as advance:
+            environments = make_vector(
+                config.task,
+                ablation.evaluate.num_chains,
+                ablation.evaluate.seed,
+                config.collect.action_repeat,
             )
-            build_store(build, advance)
-        runs, summaries = _train_and_evaluate(config, out, store, stages, command)
+            advance(1, 1)
+        try:
+            runs = _train_and_evaluate(ablation, baselines, environments, stages, command)
+        finally:
+            environments.close()
         with stages.stage("render an episode, write the report") as advance:
-            summaries.append(render_run(runs[0], config.ablation.evaluate))
+            # The last cell has the most trajectories.
+            rendering = render_run(runs[len(ablation.num_trajectories) - 1], ablation.evaluate)
             advance(1, 2)
             report = write_report(runs, out / "report.html")
             advance(2, 2)
-    print("\n".join(summaries))
+    for run in runs:
+        print(describe_record(RunFolder(run).evaluations()[-1]))
+    print(rendering)
+    return report
+
+
+def _plan(config: DemoConfig, out: Path) -> tuple[AblateConfig, list[TrainConfig]]:
+    def placed(run: TrainConfig) -> TrainConfig:
+        data = dataclasses.replace(run.data, store=str(out / "store.h5"), task=config.task)
+        return dataclasses.replace(run, run=str(out / run.agent), seed=config.seed, data=data)
+
+    ablation = dataclasses.replace(
+        config.ablation, out=str(out), seeds=(config.seed,), train=placed(config.ablation.train)
+    )
+    return ablation, [placed(config.dt), placed(config.bc)]
+
+
+def _make_store(config: DemoConfig, out: Path, stages: Stages) -> None:
+    buffers = []
+    for algorithm in config.algorithms:
+        collection = dataclasses.replace(
+            config.collect, algorithm=algorithm, out=str(out / "exorl"), seed=config.seed
+        )
+        with stages.stage(f"collect {collection.task}, {algorithm}") as advance:
+            buffers.append(str(collect(collection, advance)))
+    build = BuildConfig(
+        source=tuple(buffers),
+        out=str(out / "store.h5"),
+        tasks=(config.task,),
+        action_repeat=config.collect.action_repeat,
+        num_workers=config.collect.num_workers,
+    )
+    with stages.stage(f"relabel for {config.task}") as advance:
+        build_store(build, advance)
+
+
+def _train_and_evaluate(
+    ablation: AblateConfig,
+    baselines: list[TrainConfig],
+    environments: VectorEnv,
+    stages: Stages,
+    command: str,
+) -> list[Path]:
+    counts = ", ".join(map(str, ablation.num_trajectories))
+    with stages.stage(f"train and evaluate at on {counts} trajectories") as advance:
+        runs = ablate(ablation, environments=environments, report_progress=advance, command=command)
+    for baseline in baselines:
+        with stages.stage(f"train and evaluate {baseline.agent}") as advance:
+            train(baseline, _with_loss(advance), command=command)
+            evaluate = dataclasses.replace(ablation.evaluate, random=False)
+            evaluate_run(Path(baseline.run), evaluate, environments=environments, command=command)
+        runs.append(Path(baseline.run))
+    return runs
+
+
+def _with_loss(advance: Advance) -> Progress:
+    def report(step: int, total: int, values: Mapping[str, float]) -> None:
+        advance(step, total, note=f"loss {values['loss']:.3f}")
+
     return report

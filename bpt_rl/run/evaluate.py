@@ -139,6 +139,11 @@ def target_of(config: EvaluateConfig, statistics: DataStatistics) -> tuple[float
     return base * config.target_multiple, rule + suffix
 
 
+def sample_seed_of(config: EvaluateConfig, trained: TrainConfig) -> int | None:
+    """Returns the seed of drawn actions; None where the mean is taken."""
+    return config.seed if config.sample and trained.model.action_distribution == "gaussian" else None
+
+
 def num_episodes_of(config: EvaluateConfig, trained: TrainConfig) -> int:
     """Returns the episodes of a chain: as asked; else for `at` those of training, for the others 4."""
     return config.num_episodes or (trained.data.num_trajectories if trained.agent == "at" else 4)
@@ -170,9 +175,12 @@ def evaluate_run(
     agent, params, step = load_params(folder)
     num_episodes = num_episodes_of(config, trained)
     target, rule = target_of(config, statistics)
-    policies = {"chain": agent.policy(params, num_episodes=num_episodes)}
+    sample_seed = sample_seed_of(config, trained)
+    policies = {"chain": agent.policy(params, num_episodes=num_episodes, sample_seed=sample_seed)}
     if config.memoryless and trained.agent == "at" and num_episodes > 1:
-        policies["memoryless"] = agent.policy(params, num_episodes=num_episodes, clear_context=True)
+        policies["memoryless"] = agent.policy(
+            params, num_episodes=num_episodes, clear_context=True, sample_seed=sample_seed
+        )
     if config.random:
         policies["random"] = RandomPolicy(statistics.action_dim, config.seed)
     made = environments or make_vector(
@@ -211,6 +219,7 @@ def evaluate_run(
         "target_rule": rule,
         "train_seed": trained.seed,
         "environment_seed": config.seed,
+        "actions": "mean" if sample_seed is None else "sampled",
         "data": _data_summary(statistics, trained),
         "logs": {context: records.log_to_json(log) for context, log in logs.items()},
         "estimates": {context: _estimates(log) for context, log in logs.items()},
@@ -262,7 +271,11 @@ def _data_summary(statistics: DataStatistics, trained: TrainConfig) -> dict[str,
 def _estimates(log: EpisodeLog) -> dict[str, Any]:
     read = {name: getattr(protocols, name)(log) for name in ("first", "last", "mean", "max")}
     values: dict[str, Any] = {
-        name: {"value": e.value, "low": e.low if e.has_interval else None, "high": e.high if e.has_interval else None}
+        name: {
+            "value": e.value,
+            "low": e.low if e.has_interval else None,
+            "high": e.high if e.has_interval else None,
+        }
         for name, e in read.items()
     }
     values["curve"] = [e.value for e in protocols.curve(log)]
@@ -276,7 +289,7 @@ def render_run(path: Path, config: EvaluateConfig) -> str:
     agent, params, step = load_params(folder)
     target, _ = target_of(config, statistics)
     sentence = render_episode(
-        agent.policy(params),
+        agent.policy(params, sample_seed=sample_seed_of(config, folder.config())),
         statistics.task,
         seed=config.seed,
         action_repeat=statistics.action_repeat,

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bpt_rl import config as config_lib
+from bpt_rl import config_toml
+from bpt_rl.config import TrainConfig
 from bpt_rl.types import DataStatistics, EpisodeLog
 
 PACKAGES = (
@@ -55,7 +56,7 @@ class RunFolder:
         """One JSON file an evaluation."""
         return self.path / "evaluations"
 
-    def config(self) -> config_lib.TrainConfig:
+    def config(self) -> TrainConfig:
         """Returns the resolved configuration.
 
         Raises:
@@ -66,7 +67,7 @@ class RunFolder:
                 f"A run folder must hold config.toml; there is none in {self.path}. Name the folder that "
                 "`bpt-rl train` wrote."
             )
-        return config_lib.load(config_lib.TrainConfig, str(self.config_path))
+        return config_toml.load(TrainConfig, str(self.config_path))
 
     def statistics(self) -> DataStatistics:
         """Returns the statistics of the training data."""

@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpt_rl import config as config_lib
+from bpt_rl import config_toml
 from bpt_rl.run import report_verdict
 from bpt_rl.run.report_groups import Group, Run
 from bpt_rl.run.report_numbers import ReportedNumber, count
@@ -210,7 +210,7 @@ def configurations(runs: Sequence[Run]) -> str:
     """Returns each run's configuration, folded."""
     return "".join(
         f"<details><summary>{html.escape(run.name)}</summary>"
-        f"<pre>{html.escape(config_lib.to_toml(run.config))}</pre></details>"
+        f"<pre>{html.escape(config_toml.to_toml(run.config))}</pre></details>"
         for run in runs
     )
 

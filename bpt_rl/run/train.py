@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bpt_rl import config as config_lib
+from bpt_rl import config_toml
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import OptimizerConfig, TrainConfig
@@ -56,7 +56,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay."""
 
     def is_decayed(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: getattr(path[-1], "key", "") == "kernel", params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -92,7 +94,9 @@ def train_step(
         micro_batch, index = inputs
         weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
         micro_key = jax.random.fold_in(step_key, index)
-        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(state.params, micro_batch, micro_key)
+        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(
+            state.params, micro_batch, micro_key
+        )
         metrics = {name: weight * value for name, value in metrics.items()}
         return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
 
@@ -125,7 +129,10 @@ def train(
       FloatingPointError: If loss or gradient stops being finite.
     """
     folder = records.RunFolder(Path(config.run))
-    with Store.open(config.data.store) as store, Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
+    with (
+        Store.open(config.data.store) as store,
+        Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved,
+    ):
         statistics = store.statistics(config.data.task)
         _check_continuation(config, folder, store.digest, saved.latest_step)
         sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
@@ -184,7 +191,9 @@ def _stacked(source: Iterator[PackedBatch], count: int) -> Iterator[PackedBatch]
         yield PackedBatch(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))
 
 
-def _check_finite(values: Mapping[str, float], step: int, folder: records.RunFolder, saved: Checkpoints) -> None:
+def _check_finite(
+    values: Mapping[str, float], step: int, folder: records.RunFolder, saved: Checkpoints
+) -> None:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
@@ -194,7 +203,9 @@ def _check_finite(values: Mapping[str, float], step: int, folder: records.RunFol
         )
 
 
-def _check_continuation(config: TrainConfig, folder: records.RunFolder, digest: str, latest: int | None) -> None:
+def _check_continuation(
+    config: TrainConfig, folder: records.RunFolder, digest: str, latest: int | None
+) -> None:
     if latest is None:
         return
     old = folder.config()
@@ -223,11 +234,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _write_description(
     config: TrainConfig, folder: records.RunFolder, statistics: Mapping[str, Any], start: int, command: str
 ) -> None:
-    records.write_atomically(folder.config_path, config_lib.to_toml(config))
+    records.write_atomically(folder.config_path, config_toml.to_toml(config))
     records.write_json(folder.path / "statistics.json", statistics)
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    records.write_json(folder.path / "versions.json", records.versions() | {"command": command, "device": device})
+    records.write_json(
+        folder.path / "versions.json", records.versions() | {"command": command, "device": device}
+    )
     kept = [line for line in folder.metrics() if line["step"] <= start]
     records.write_atomically(folder.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-
-

@@ -13,7 +13,9 @@ from bpt_rl.envs import rewards, tasks
 
 
 def config_of(folder, tmp_path, **changes):
-    return BuildConfig(**({"source": str(folder), "out": str(tmp_path / "s.h5"), "num_workers": 1} | changes))
+    return BuildConfig(
+        **({"source": (str(folder),), "out": str(tmp_path / "s.h5"), "num_workers": 1} | changes)
+    )
 
 
 def test_a_store_holds_every_array_and_the_reward_of_every_task(folder, episodes, tmp_path):
@@ -98,9 +100,9 @@ def test_a_subset_is_the_first_episodes_in_order(folder, tmp_path):
     ("changes", "expected"),
     [
         ({"tasks": ("walker_run", "walker_stand", "walker_run")}, ("walker", ("walker_run", "walker_stand"))),
-        ({"domain": "cheetah", "source": "walker/rnd"}, ("cheetah", ("cheetah_run",))),
-        ({"source": "cheetah/of/walker/rnd.zip"}, ("walker", tasks.tasks_of("walker"))),
-        ({"source": "cheetah.zip"}, ("cheetah", ("cheetah_run",))),
+        ({"domain": "cheetah", "source": ("walker/rnd",)}, ("cheetah", ("cheetah_run",))),
+        ({"source": ("cheetah/of/walker/rnd.zip",)}, ("walker", tasks.tasks_of("walker"))),
+        ({"source": ("cheetah.zip",)}, ("cheetah", ("cheetah_run",))),
     ],
 )
 def test_the_domain_comes_from_tasks_then_the_option_then_the_path(changes, expected):
@@ -120,7 +122,7 @@ def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
         ({"tasks": ("walker_run",), "domain": "cheetah"}, "of its one domain; got domains cheetah, walker"),
         ({"tasks": ("walker_fly",)}, "Nearest valid one: 'walker_"),
         ({"domain": "worker"}, "Nearest valid one: 'walker'"),
-        ({"source": "episodes"}, "nothing in 'episodes' says which. Set tasks, or domain to one of cartpole"),
+        ({"source": ("episodes",)}, "episodes says none. Set tasks, or domain to one of cartpole"),
     ]:
         with pytest.raises(ValueError, match=message):
             build_store(config_of(folder, tmp_path, **changes))
@@ -183,7 +185,7 @@ def test_a_real_write_failure_leaves_the_old_file_and_one_clear_sentence(folder,
     script = (
         "import resource; from bpt_rl.config import BuildConfig; from bpt_rl.datasets.build import build_store\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        f"try: build_store(BuildConfig(source={str(folder)!r}, out={str(out)!r}, num_workers=1))\n"
+        f"try: build_store(BuildConfig(source=({str(folder)!r},), out={str(out)!r}, num_workers=1))\n"
         "except OSError as error: print(error.strerror)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

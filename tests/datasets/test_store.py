@@ -14,7 +14,7 @@ TASKS = ("cartpole_swingup", "cartpole_balance")
 @pytest.fixture
 def path(folder, tmp_path):
     return build_store(
-        BuildConfig(source=str(folder), out=str(tmp_path / "s.h5"), tasks=TASKS, num_workers=1)
+        BuildConfig(source=(str(folder),), out=str(tmp_path / "s.h5"), tasks=TASKS, num_workers=1)
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bpt_rl.config import TrainConfig, to_toml
+from bpt_rl.config import TrainConfig
+from bpt_rl.config_toml import to_toml
 from bpt_rl.run import records
 from bpt_rl.types import DataStatistics, EpisodeLog
 

@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from bpt_rl import config
+from bpt_rl import config, config_toml
 from bpt_rl.run import protocols, records, report_groups, report_verdict
 from bpt_rl.run.report import write_report
 from bpt_rl.types import EpisodeLog
@@ -42,7 +42,7 @@ def write_run(
     folder.evaluations_path.mkdir(parents=True)
     data = config.DataConfig(num_trajectories=num_trajectories, task=task)
     folder.config_path.write_text(
-        config.to_toml(config.TrainConfig(run=name, agent=agent, seed=seed, data=data))
+        config_toml.to_toml(config.TrainConfig(run=name, agent=agent, seed=seed, data=data))
     )
     statistics = {
         "task": task,
