@@ -20,7 +20,9 @@ class Checkpoints:
         """
         self._path = path.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = ocp.CheckpointManager(
+            self._path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -38,7 +40,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Saves a pytree of arrays; returns when it is complete on disk."""
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, template: Any) -> Any:
         """Returns the pytree saved at a step.
@@ -58,15 +60,14 @@ class Checkpoints:
             )
         self._check_architecture(step, template)
         target = jax.tree.map(_with_sharding, template)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        )
-        return restored["state"]
+        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 
     def _check_architecture(self, step: int, template: Any) -> None:
-        saved = _shapes(self._manager.item_metadata(step)["state"])
+        saved = _shapes(self._manager.item_metadata(step))
         expected = _shapes(template)
-        for name in sorted(saved.keys() | expected.keys()):
+        for name in sorted(
+            saved.keys() | expected.keys(), key=lambda name: (not name.startswith("params"), name)
+        ):
             if saved.get(name) != expected.get(name):
                 raise ValueError(
                     f"A checkpoint must match the configured architecture; {name} is "

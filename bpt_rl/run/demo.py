@@ -29,7 +29,7 @@ def demo(config: DemoConfig, *, command: str = "") -> Path:
     """
     out = Path(config.out)
     ablation, baselines = _plan(config, out)
-    with Stages(len(config.algorithms) + 3 + len(baselines)) as stages:
+    with Stages(len(config.algorithms) + 4 + len(baselines)) as stages:
         _make_store(config, out, stages)
         with stages.stage("start the simulators") as advance:
             environments = make_vector(
