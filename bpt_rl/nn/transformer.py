@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         create = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
-        self.blocks = create(rngs.fork(split=config.num_layers))
+        self.blocks = create(rngs.split(config.num_layers))
         self.norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
 
     def __call__(
