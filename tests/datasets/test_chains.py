@@ -1,0 +1,173 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from bpt_rl.datasets.chains import build_chain, reaches, returns_to_go
+from bpt_rl.types import Trajectory
+
+FIELDS = (
+    "observation",
+    "action",
+    "reward",
+    "return_to_go",
+    "completion",
+    "step",
+    "episode",
+    "loss_mask",
+    "returns",
+)
+
+
+def trajectory(rewards, mark=0):
+    """An episode whose observation rows count from `mark` and whose actions are the negative of that."""
+    rows = len(rewards) + 1
+    counted = mark + np.arange(rows, dtype=np.float32)[:, None]
+    return Trajectory(
+        observation=counted,
+        action=-counted,
+        # The file's own reward belongs to another task and must not be read.
+        reward=np.full((rows, 1), 99, np.float32),
+        discount=np.ones((rows, 1), np.float32),
+        physics=np.zeros((rows, 2)),
+        task_reward={"task": np.array([0.0, *rewards], np.float32)},
+    )
+
+
+BEST, WORST, MIDDLE = trajectory([3, 1, 0], 10), trajectory([1], 20), trajectory([1, 2], 30)
+GIVEN = [BEST, WORST, MIDDLE]
+
+
+def random_trajectories(seed, num):
+    generator = np.random.default_rng(seed)
+    return [trajectory(generator.random(generator.integers(2, 9)), 100 * i) for i in range(num)]
+
+
+def check_equal(first, second):
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
+
+
+def test_chain_is_ascending_and_asks_everyone_for_the_best_return():
+    chain = build_chain(GIVEN, "task")
+    np.testing.assert_array_equal(chain.returns, [1, 3, 4])
+    assert (chain.target_return, chain.num_steps) == (4, 6)
+    # Action t follows observation t: the dummy row's action is left out, and the last observation.
+    np.testing.assert_array_equal(chain.observation[:, 0], [20, 30, 31, 10, 11, 12])
+    np.testing.assert_array_equal(chain.action[:, 0], [-21, -31, -32, -11, -12, -13])
+    np.testing.assert_array_equal(chain.reward, [1, 1, 2, 3, 1, 0])
+    np.testing.assert_array_equal(chain.return_to_go, [4, 4, 3, 4, 1, 0])
+    np.testing.assert_array_equal(chain.step, [0, 0, 1, 0, 1, 2])
+    np.testing.assert_array_equal(chain.episode, [0, 1, 1, 2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("relabel", "completion", "expected"),
+    [
+        ("chain_maximum", "per_episode", [0, 0, 0, 0, 0, 1]),
+        ("chain_maximum", "per_step", [0, 0, 0, 0, 1, 1]),
+        ("own_return", "per_episode", [1, 0, 1, 0, 0, 1]),
+        ("own_return", "per_step", [1, 0, 1, 0, 1, 1]),
+    ],
+)
+def test_completion_is_flagged_where_the_target_is_reached(relabel, completion, expected):
+    chain = build_chain(GIVEN, "task", relabel=relabel, completion=completion)
+    np.testing.assert_array_equal(chain.completion, expected)
+
+
+def test_own_return_asks_each_for_its_own():
+    chain = build_chain(GIVEN, "task", relabel="own_return")
+    np.testing.assert_array_equal(chain.return_to_go, [1, 3, 2, 4, 1, 0])
+    assert chain.target_return == 4
+
+
+@pytest.mark.parametrize(("loss_on", "expected"), [("all", [1] * 6), ("last", [0, 0, 0, 1, 1, 1])])
+def test_loss_counts_on_the_trajectories_asked_for(loss_on, expected):
+    np.testing.assert_array_equal(build_chain(GIVEN, "task", loss_on=loss_on).loss_mask, expected)
+
+
+def test_equal_returns_keep_the_order_given():
+    chain = build_chain([trajectory([2], 1), trajectory([1, 1], 2), trajectory([0, 2], 3)], "task")
+    np.testing.assert_array_equal(chain.observation[:, 0], [1, 2, 3, 3, 4])
+    np.testing.assert_array_equal(chain.completion, [1, 0, 1, 0, 1])
+
+
+def test_order_given_does_not_matter():
+    trajectories = random_trajectories(0, 4)
+    expected = build_chain(trajectories, "task", completion="per_step", loss_on="last")
+    for order in itertools.permutations(trajectories):
+        check_equal(build_chain(order, "task", completion="per_step", loss_on="last"), expected)
+
+
+def test_windows_keep_what_the_whole_episode_says():
+    # Windows come in the order of the trajectories given; that of WORST is whole.
+    windows = [slice(1, 3), slice(0, 1), slice(1, 2)]
+    chain = build_chain(GIVEN, "task", completion="per_step", windows=windows)
+    np.testing.assert_array_equal(chain.observation[:, 0], [20, 31, 11, 12])
+    np.testing.assert_array_equal(chain.action[:, 0], [-21, -32, -12, -13])
+    np.testing.assert_array_equal(chain.reward, [1, 2, 1, 0])
+    np.testing.assert_array_equal(chain.return_to_go, [4, 3, 1, 0])
+    np.testing.assert_array_equal(chain.completion, [0, 0, 1, 1])
+    np.testing.assert_array_equal(chain.step, [0, 1, 1, 2])
+    np.testing.assert_array_equal(chain.episode, [0, 1, 2, 2])
+    np.testing.assert_array_equal(chain.returns, [1, 3, 4])
+
+
+def test_windows_are_rows_of_the_whole_chain():
+    generator, trajectories = np.random.default_rng(3), random_trajectories(2, 5)
+    whole = build_chain(trajectories, "task", completion="per_step")
+    starts = [int(generator.integers(t.num_steps - 1)) for t in trajectories]
+    windows = [slice(s, s + 2) for s in starts]
+    cut = build_chain(trajectories, "task", completion="per_step", windows=windows)
+    rows = [np.flatnonzero(whole.observation[:, 0] == x)[0] for x in cut.observation[:, 0]]
+    assert len(rows) == 10
+    for name in FIELDS[:-1]:
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[rows], err_msg=name)
+
+
+def test_no_flag_per_episode_in_a_window_that_ends_before_its_episode():
+    windows = [slice(0, 2), slice(0, 1), slice(0, 1)]
+    assert not build_chain(GIVEN, "task", windows=windows).completion.any()
+    to_the_end = [slice(2, 3), slice(0, 1), slice(0, 1)]
+    np.testing.assert_array_equal(build_chain(GIVEN, "task", windows=to_the_end).completion, [0, 0, 1])
+
+
+def test_return_that_misses_the_target_by_rounding_alone_reaches_it():
+    # float32 0.1 is 0.1 + 1.5e-9, so that a thousand of them exceed 100 by 1.5e-6.
+    rounded = trajectory([0.1] * 1000)
+    chain = build_chain([trajectory([100.0]), trajectory([99.99]), rounded], "task")
+    assert 100 < chain.target_return < 100.00001
+    np.testing.assert_array_equal(np.flatnonzero(chain.completion), [1, 1001])
+
+
+def test_returns_to_go_lose_nothing_over_long_episodes():
+    reward = np.full(100_000, 0.1, np.float32)
+    got = returns_to_go(reward)
+    expected = np.float64(np.float32(0.1)) * np.arange(len(reward), 0, -1)
+    # One rounding to float32; a sum in float32 would drift by 1e-3.
+    np.testing.assert_allclose(got, expected, rtol=1e-7)
+
+
+def test_target_below_zero_is_reached_by_a_larger_return_only():
+    chain = build_chain([trajectory([-3, -1]), trajectory([-1, -1])], "task", completion="per_step")
+    np.testing.assert_array_equal(chain.return_to_go, [-2, 1, -2, -1])
+    np.testing.assert_array_equal(chain.completion, [0, 0, 1, 1])
+    np.testing.assert_array_equal(reaches(np.array([-2.1, -2.0, 0.0]), -2.0), [False, True, True])
+
+
+def test_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match="at least one trajectory"):
+        build_chain([], "task")
+    with pytest.raises(ValueError, match=r"got 'other', and there is reward for: task"):
+        build_chain(GIVEN, "other")
+    for start, stop in ((1, 4), (-1, 1), (2, 2)):
+        with pytest.raises(ValueError, match=rf"got steps {start} to {stop} of an episode of 3"):
+            build_chain(GIVEN, "task", windows=[slice(start, stop), slice(0, 1), slice(0, 1)])
+
+
+@pytest.mark.parametrize("rewards", [[], [1.0, np.nan], [np.inf]])
+def test_reward_must_be_there_and_finite(rewards):
+    with pytest.raises(ValueError, match="at least one step and only finite values"):
+        returns_to_go(np.array(rewards, np.float32))
+    with pytest.raises(ValueError, match="at least one step and only finite values"):
+        build_chain([BEST, trajectory(rewards)], "task")

@@ -1,0 +1,184 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from bpt_rl.config import BuildConfig, DataConfig
+from bpt_rl.datasets import chains, exorl
+from bpt_rl.datasets.build import build_store
+from bpt_rl.datasets.sampling import ChainSampler, batches
+from bpt_rl.datasets.store import Store
+
+TASK = "cartpole_swingup"
+LENGTHS = (12, 9, 10, 12, 8, 12, 11, 12)
+
+
+def piece(trajectory, start, num_steps):
+    """Steps from the midst of an episode, as an episode of their own."""
+    columns = {key: np.array(getattr(trajectory, key)[start : start + num_steps + 1]) for key in exorl.KEYS}
+    columns["action"][0] = 0
+    columns["reward"][0] = 0
+    return dataclasses.replace(trajectory, **columns)
+
+
+@pytest.fixture(scope="module")
+def store(episodes, tmp_path_factory):
+    """Eight short episodes of real physics."""
+    folder = tmp_path_factory.mktemp("short") / "cartpole" / "buffer"
+    folder.mkdir(parents=True)
+    # Episodes 0 and 1 of the fixture have 40 and 60 steps.
+    places = [(0, 0), (0, 13), (0, 27), (1, 0), (1, 12), (1, 24), (1, 36), (1, 48)]
+    for i, ((source, start), length) in enumerate(zip(places, LENGTHS, strict=True)):
+        exorl.write_episode(folder / f"episode_{i:06d}_{length}.npz", piece(episodes[source], start, length))
+    config = BuildConfig(
+        source=(str(folder),), out=str(folder / "store.h5"), tasks=(TASK,), domain="cartpole", num_workers=1
+    )
+    with Store.open(build_store(config)) as built:
+        yield built
+
+
+def make_sampler(store, seed=0, layout="fused", **changes):
+    config = DataConfig(**({"task": TASK, "num_trajectories": 3, "batch_size": 2} | changes))
+    return ChainSampler(store, config, layout, seed)
+
+
+def check_equal(first, second):
+    for name, array in first._asdict().items():
+        np.testing.assert_array_equal(array, getattr(second, name), err_msg=name)
+
+
+def drawn(store, batch):
+    """Returns, chain by chain, the indices of the store's episodes in the order of the chain."""
+    starts = {tuple(store.episode(i).observation[0]): i for i in range(store.num_episodes)}
+    assert len(starts) == store.num_episodes
+    found = []
+    for row, ids in enumerate(batch.segment_ids):
+        for segment in range(1, ids.max() + 1):
+            first = (ids == segment) & (batch.step[row] == 0)
+            found.append([starts[tuple(x)] for x in batch.observation[row, first]])
+    return found
+
+
+def ranks(store):
+    """Rank of each episode by return, 0 the lowest."""
+    order = np.argsort(store.returns(TASK), kind="stable")
+    assert len(set(store.returns(TASK))) == len(LENGTHS)
+    return np.argsort(order)
+
+
+def test_a_batch_depends_on_seed_and_index_alone(store):
+    sampler = make_sampler(store, window=4)
+    in_order = [sampler.batch(k) for k in range(4)]
+    other = make_sampler(store, window=4)
+    for k in (3, 1, 0, 2):
+        check_equal(other.batch(k), in_order[k])
+    for first, second in itertools.combinations([*in_order, make_sampler(store, 1, window=4).batch(0)], 2):
+        assert not np.array_equal(first.observation, second.observation)
+
+
+def test_a_chain_holds_exactly_n_distinct_whole_episodes_in_ascending_order(store):
+    rank = ranks(store)
+    for num_trajectories in (1, 3, 8):
+        sampler = make_sampler(store, num_trajectories=num_trajectories)
+        for batch in (sampler.batch(k) for k in range(10)):
+            found = drawn(store, batch)
+            assert len(found) == 2
+            for row, chain in enumerate(found):
+                assert len(set(chain)) == num_trajectories
+                assert (np.diff(rank[chain]) > 0).all()
+                assert (batch.segment_ids[row] > 0).sum() == sum(LENGTHS[i] for i in chain)
+                episodes = np.repeat(np.arange(num_trajectories), [LENGTHS[i] for i in chain])
+                np.testing.assert_array_equal(batch.episode[row, : len(episodes)], episodes)
+
+
+def test_uniform_draws_every_episode_alike(store):
+    sampler = make_sampler(store, num_trajectories=1, batch_size=50)
+    counts = np.bincount(np.ravel([drawn(store, sampler.batch(k)) for k in range(16)]), minlength=8)
+    # 800 draws, 100 an episode, standard deviation 9.4; five of those.
+    np.testing.assert_allclose(counts, 100, atol=47)
+
+
+def test_stratified_chains_have_one_episode_of_each_band(store):
+    rank = ranks(store)
+    sampler = make_sampler(store, num_trajectories=4, draw="return_stratified", batch_size=20)
+    found = np.array(drawn(store, sampler.batch(0)))
+    np.testing.assert_array_equal(rank[found] // 2, np.tile(np.arange(4), (20, 1)))
+    assert set(found.ravel()) == set(range(8))
+
+
+@pytest.mark.parametrize(("top_fraction", "kept"), [(0.5, 4), (0.25, 2), (0.01, 1)])
+def test_top_fraction_draws_the_best_alone(store, top_fraction, kept):
+    sampler = make_sampler(store, num_trajectories=1, top_fraction=top_fraction, batch_size=40)
+    found = {i for [i] in drawn(store, sampler.batch(0))}
+    assert found == set(np.flatnonzero(ranks(store) >= 8 - kept))
+
+
+def test_windows_have_their_length_and_lie_anywhere_in_the_episode(store):
+    sampler = make_sampler(store, num_trajectories=2, window=4, batch_size=60)
+    assert sampler.context_length == 8
+    batch = sampler.batch(0)
+    assert (batch.segment_ids == 1).all()
+    steps = batch.step.reshape(-1, 4)
+    np.testing.assert_array_equal(steps - steps[:, :1], np.tile(np.arange(4), (120, 1)))
+    # 0 to 8: the last start leaves four of twelve steps.
+    assert set(steps[:, 0]) == set(range(9))
+
+
+def test_a_context_as_long_as_several_chains_takes_them_into_one_row(store):
+    sampler = make_sampler(
+        store,
+        num_trajectories=2,
+        window=4,
+        batch_size=5,
+        context_length=2 * 8 * 4 + 4,
+        layout="return_state_action_reward",
+    )
+    batch = sampler.batch(0)
+    ids = np.repeat([[1, 2, 0], [1, 2, 0], [1, 0, 0]], 8, axis=1)[:, :17]
+    np.testing.assert_array_equal(batch.segment_ids, ids)
+    assert sampler.num_rows == 3
+
+
+@pytest.mark.parametrize("layout_and_tokens", [("return_state_action_reward", 4), ("fused", 1)])
+def test_shapes_never_change_however_long_the_episodes_drawn(store, layout_and_tokens):
+    layout, tokens = layout_and_tokens
+    sampler = make_sampler(store, layout=layout)
+    assert sampler.context_length == 3 * 12 * tokens
+    assert {sampler.batch(k).reward.shape for k in range(20)} == {(2, 36)}
+
+
+def test_options_of_the_chain_reach_it(store, monkeypatch):
+    last = make_sampler(store, loss_on="last").batch(0)
+    np.testing.assert_array_equal(last.loss_mask, (last.episode == 2) & (last.segment_ids > 0))
+    chain, own = (make_sampler(store, relabel=r).batch(0) for r in ("chain_maximum", "own_return"))
+    assert chain.completion.sum() == 2
+    assert own.completion.sum() == 6
+    # So loose a tolerance that half the return reaches the target: long before the end of an episode.
+    monkeypatch.setattr(chains, "RELATIVE_TOLERANCE", 0.5)
+    per_step = make_sampler(store, completion="per_step", relabel="own_return").batch(0)
+    assert per_step.completion.sum() > 6
+
+
+def test_prefetched_batches_are_those_of_the_sampler_from_any_start(store):
+    sampler = make_sampler(store, window=4)
+    for start, stop in ((0, 3), (7, 9)):
+        found = list(batches(sampler, start, stop))
+        assert len(found) == stop - start
+        for k, batch in zip(range(start, stop), found, strict=True):
+            check_equal(batch, sampler.batch(k))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_trajectories": 9}, "got 9 and 8. Use fewer trajectories"),
+        ({"num_trajectories": 3, "top_fraction": 0.25}, "got 3 and 2. Use fewer trajectories or a larger"),
+        ({"window": 9}, "got 9 and 8 steps. Use a shorter window"),
+        ({"context_length": 35}, "got 35 tokens for 3 trajectories of up to 12 steps. Use 36 tokens"),
+        ({"task": "walker_run"}, "got 'walker_run'"),
+    ],
+)
+def test_configurations_that_a_store_cannot_serve_are_refused_at_once(store, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(store, **changes)
