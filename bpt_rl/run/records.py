@@ -81,10 +81,11 @@ class RunFolder:
         return values
 
     def metrics(self) -> list[dict[str, float]]:
-        """Returns the logged metrics, oldest first."""
+        """Returns the logged metrics, oldest first; a last line that a crash cut short does not count."""
         if not self.metrics_path.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        lines = self.metrics_path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Returns every evaluation of the run, oldest first; `evaluate.record` says what each holds."""

@@ -1,5 +1,6 @@
 """Training: a pure step, and the loop that feeds, logs and checkpoints it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,8 +26,11 @@ from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.loggers import open_loggers
 from bpt_rl.types import PackedBatch
 
-UNFIXED_FIELDS = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger")
-"""Fields that may change between a run and its continuation: they do not change the parameters."""
+UNFIXED_FIELDS = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store")
+"""Fields that may change between a run and its continuation: they do not change the parameters.
+
+A store may lie elsewhere by then; its digest tells whether it is the same.
+"""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all and the last metrics."""
@@ -105,8 +109,10 @@ def train_step(
     gradient, metrics = jax.lax.scan(micro, zeros, (batch, indices))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     metrics = {name: values.sum() for name, values in metrics.items()}
-    metrics["gradient_norm"] = optax.global_norm(gradient)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
     params = optax.apply_updates(state.params, updates)
+    # Not finite at the step that breaks the parameters, where the loss is so only at the next.
+    metrics["parameter_norm"] = optax.tree.norm(params)
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
@@ -126,17 +132,17 @@ def train(
     Raises:
       FileNotFoundError: If the store does not exist.
       ValueError: If configuration, store and run folder do not fit together.
-      FloatingPointError: If loss or gradient stops being finite.
+      FloatingPointError: If loss, gradient or parameters stop being finite.
     """
     folder = records.RunFolder(Path(config.run))
-    with (
-        Store.open(config.data.store) as store,
-        Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved,
-    ):
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(config.data.store))
+        # Whatever is wrong with configuration or data shows before there is a run folder.
         statistics = store.statistics(config.data.task)
-        _check_continuation(config, folder, store.digest, saved.latest_step)
         sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
         agent = make_agent(config, statistics)
+        saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
+        _check_continuation(config, folder, store.digest, saved.latest_step)
         optimizer = make_optimizer(config.optimizer)
         state = init_state(agent, optimizer, config.seed)
         start = saved.latest_step or 0
@@ -197,8 +203,8 @@ def _check_finite(
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"Loss and gradient must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, batch index "
-            f"{step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in {folder.checkpoints_path}. "
+            f"Loss, gradient and parameters must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, "
+            f"batch index {step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in {folder.checkpoints_path}. "
             "Lower optimizer.learning_rate or check the data with `bpt-rl data verify`."
         )
 
