@@ -141,15 +141,20 @@ def null_max_of(memoryless_logs: Sequence[EpisodeLog], num_episodes: int) -> Est
 
 
 def difference(
-    name: str, logs: Sequence[EpisodeLog], control: Sequence[EpisodeLog], *, factor: float = 1.0
+    name: str,
+    logs: Sequence[EpisodeLog],
+    control: Sequence[EpisodeLog],
+    *,
+    control_name: str = "",
+    factor: float = 1.0,
 ) -> Estimate:
-    """Returns a protocol's estimate less `factor` times the control's.
+    """Returns a protocol's estimate less `factor` times the control's, read by `control_name` or the same one.
 
     Chains of the two are resampled apart, which is right for unrelated environments and cautious for equal
     start states. Seeds are resampled together if both have as many logs, as an agent and its control do.
     """
     ours = [per_chain(name, log) for log in logs]
-    theirs = [factor * per_chain(name, log) for log in control]
+    theirs = [factor * per_chain(control_name or name, log) for log in control]
     return _margin(name, (ours, _mean), (theirs, _mean))
 
 

@@ -165,7 +165,27 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         raise ValueError(
             f"The runs of a report must share a task; got {', '.join(tasks)}. Write one report a task."
         )
-    return runs
+    return _share_random(runs)
+
+
+def _share_random(runs: Sequence[Run]) -> list[Run]:
+    """Random actions depend on no run: where one evaluation played them, equal ones need not play them again."""
+
+    def plays(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(
+            evaluation[name] for name in ("environment_seed", "action_repeat", "num_chains", "num_episodes")
+        )
+
+    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+    played = {plays(e): e["logs"]["random"] for e in evaluations if "random" in e["logs"]}
+    shared = []
+    for run in runs:
+        evaluation = run.evaluation
+        if evaluation is not None and "random" not in evaluation["logs"] and plays(evaluation) in played:
+            logs = {**evaluation["logs"], "random": played[plays(evaluation)]}
+            run = dataclasses.replace(run, evaluation={**evaluation, "logs": logs})
+        shared.append(run)
+    return shared
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

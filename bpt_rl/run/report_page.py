@@ -148,9 +148,10 @@ def checks(groups: Sequence[Group]) -> str:
         for group, found in zip(groups, answers, strict=True)
     )
     note = (
-        "Below each answer stands the margin that decided it, with its 95% interval: the mean return less "
-        "twice the random policy's, less the data's mean, less the memoryless control's; the largest return "
-        "less the null max. Yes and no are said only where the interval lies on one side of zero."
+        "Below each answer stands the margin that decided it, with its 95% interval. An agent that keeps several "
+        "episodes in context is judged by the last of them, any other by the mean of its episodes: less twice the "
+        "random policy's mean, less the data's mean, less the memoryless control's; the largest return less the "
+        "null max. Yes and no are said only where the interval lies on one side of zero."
     )
     return (
         '<div class="scroll" role="region" aria-label="Answers" tabindex="0"><table class="checks">'

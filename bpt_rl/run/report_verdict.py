@@ -79,14 +79,20 @@ def verdict(groups: Sequence[Group]) -> str:
         )
     group = subject(groups)
     found = checks(group)
-    mean = _some(number(group, "mean", "chain"))
     evaluation = group.evaluation
+    mean = _some(number(group, "mean", "chain"))
+    episodes = count(evaluation["num_episodes"], "episode")
+    sample = f"{count(evaluation['num_chains'], 'chain')} and {count(len(group.runs), 'training seed')}"
+    returns = f"returns {mean.render_inline()} an episode, averaged over {episodes}, {sample}."
+    if group.has_memory:
+        last = _some(number(group, "last", "chain"))
+        returns = (
+            f"returns {last.render_inline()} in the last of {episodes} of one context, and "
+            f"{mean.render_inline()} averaged over them, with {sample}."
+        )
     lead = (
         f"On <strong>{html.escape(evaluation['task'])}</strong>, "
-        f"{html.escape(group.agent_title)} ({html.escape(group.subtitle)}) returns "
-        f"{mean.render_inline()} an episode, averaged over "
-        f"{count(evaluation['num_episodes'], 'episode')} in one context, "
-        f"{count(evaluation['num_chains'], 'chain')} and {count(len(group.runs), 'training seed')}."
+        f"{html.escape(group.agent_title)} ({html.escape(group.subtitle)}) {returns}"
     )
     others = "It is the longest context reported here; the others stand in the tables." if groups[1:] else ""
     answers = " ".join(_SENTENCE[check.question, check.answer] + check.evidence for check in found)
@@ -118,32 +124,45 @@ _SENTENCE: dict[tuple[str, Answer], str] = {
 }
 
 
+def judged(group: Group) -> str:
+    """Returns the protocol a group is judged by, fixed before any result.
+
+    `last` where a context holds several episodes: the one that has all the others to go by. `mean` elsewhere.
+    """
+    return "last" if group.has_memory else "mean"
+
+
 def _against_random(group: Group) -> Check:
     random = number(group, "mean", "random")
     if random is None:
         return Check(_RANDOM, "not measured", "random actions were not rolled out.")
-    margin = protocols.difference("mean", group.logs("chain"), group.logs("random"), factor=2.0)
-    mean = _some(number(group, "mean", "chain"))
-    evidence = f"{mean.render_inline()} against {random.render_inline()} for uniform-random actions."
-    return _check(group, _RANDOM, margin, "mean, less twice the random policy's", evidence)
+    name = judged(group)
+    margin = protocols.difference(
+        name, group.logs("chain"), group.logs("random"), control_name="mean", factor=2.0
+    )
+    own = _some(number(group, name, "chain"))
+    evidence = f"{own.render_inline()} against {random.render_inline()} for uniform-random actions."
+    return _check(group, _RANDOM, margin, f"{name}, less twice the random policy's mean", evidence)
 
 
 def _against_data(group: Group) -> Check:
-    mean, data = _some(number(group, "mean", "chain")), data_number(group, "mean")
-    chains = protocols.estimate("mean", group.logs("chain"))
+    name = judged(group)
+    own, data = _some(number(group, name, "chain")), data_number(group, "mean")
+    chains = protocols.estimate(name, group.logs("chain"))
     low, high = chains.low - data.value, chains.high - data.value
     margin = dataclasses.replace(chains, value=chains.value - data.value, low=low, high=high)
     subset = html.escape(str(group.evaluation["data"]["subset"]))
-    evidence = f"{mean.render_inline()} against {data.render_inline()} (subset {subset})."
-    return _check(group, _DATA, margin, "mean, less the data's", evidence)
+    evidence = f"{own.render_inline()} against {data.render_inline()} (subset {subset})."
+    return _check(group, _DATA, margin, f"{name}, less the data's mean", evidence)
 
 
 def _context_helps(group: Group) -> Check:
-    control = number(group, "mean", "memoryless")
+    name = judged(group)
+    control = number(group, name, "memoryless")
     if control is None or not group.has_memory:
         return _unmeasured(group, _MEMORY)
-    margin = protocols.difference("mean", group.logs("chain"), group.logs("memoryless"))
-    title = "mean, context kept less memoryless control"
+    margin = protocols.difference(name, group.logs("chain"), group.logs("memoryless"))
+    title = f"{name}, context kept less memoryless control"
     gain = _reported(group, margin, title, signed=True)
     evidence = (
         "with its context cleared before each episode the same checkpoint returns "

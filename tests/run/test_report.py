@@ -178,10 +178,11 @@ def test_every_number_carries_its_label(single, tmp_path):
 
 def test_verdict_says_what_the_intervals_say(single, tmp_path):
     text = make_page([single], tmp_path / "report.html").text
-    assert "On walker_run , Agentic Transformer (2 trajectories) returns 41.0 [40.0, 43.0] an episode" in text
-    assert "It beats the random policy twice over: 41.0 [40.0, 43.0] against 10.0" in text
-    assert "It beats the mean of the data it learnt from: 41.0 [40.0, 43.0] against 24.0" in text
-    assert "Earlier episodes in context help:" in text and "a difference of +9.00" in text
+    assert "On walker_run , Agentic Transformer (2 trajectories) returns 50.0" in text
+    assert "in the last of 2 episodes of one context, and 41.0 [40.0, 43.0] averaged over them" in text
+    assert "It beats the random policy twice over: 50.0" in text
+    assert "It beats the mean of the data it learnt from: 50.0" in text
+    assert "Earlier episodes in context help:" in text and "a difference of +18.0" in text
     assert "The largest return of a chain is more than luck:" in text
 
 
