@@ -78,15 +78,13 @@ class TrajectoryModel(nnx.Module):
         """Tokens of the step before the first one, which decoding writes and nothing sees."""
         return {"return_state_action_reward": 2, "return_state_action": 1, "fused": 0}[self.config.layout]
 
-    def _place(
-        self, step: Int[jax.Array, "..."], episode: Int[jax.Array, "..."]
-    ) -> Float[jax.Array, "... D"]:
+    def _place(self, step: Int[Any, "..."], episode: Int[Any, "..."]) -> Float[jax.Array, "... D"]:
         place = self.embed_step(step)
         if self.config.episode_embedding:
             place = place + self.embed_episode(jnp.minimum(episode, self.config.episode_embedding - 1))
         return place
 
-    def _outcome(self, reward: jax.Array, completion: jax.Array) -> jax.Array:
+    def _outcome(self, reward: Float[Any, "..."], completion: Float[Any, "..."]) -> Float[jax.Array, "... D"]:
         return self.embed_reward(jnp.stack([reward, completion], axis=-1))
 
     def _read(self, x: Float[jax.Array, "B T D"]) -> ActionDistribution:
@@ -153,7 +151,7 @@ def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     ids = batch.segment_ids
     is_inside = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
 
-    def shift(x: jax.Array) -> jax.Array:
+    def shift(x: Float[Any, "B T ..."]) -> jax.Array:
         shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
         return jnp.where(is_inside.reshape(is_inside.shape + (1,) * (x.ndim - 2)), shifted, 0)
 
@@ -162,8 +160,8 @@ def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def action_loss(
     predicted: ActionDistribution,
-    action: Float[jax.Array, "B T A"],
-    loss_mask: Float[jax.Array, "B T"],
+    action: Float[Any, "B T A"],
+    loss_mask: Float[Any, "B T"],
     distribution: str,
 ) -> Float[jax.Array, ""]:
     """Returns the loss averaged over action dimensions and over the steps that count.

@@ -90,6 +90,9 @@ def test_equal_returns_keep_the_order_given():
     chain = build_chain([trajectory([2], 1), trajectory([1, 1], 2), trajectory([0, 2], 3)], "task")
     np.testing.assert_array_equal(chain.observation[:, 0], [1, 2, 3, 3, 4])
     np.testing.assert_array_equal(chain.completion, [1, 0, 1, 0, 1])
+    # Short arrays come out stable of any sort.
+    many = build_chain([trajectory([1], i) for i in range(100)], "task")
+    np.testing.assert_array_equal(many.observation[:, 0], np.arange(100))
 
 
 def test_order_given_does_not_matter():
