@@ -204,8 +204,8 @@ def _check_finite(
     if bad:
         raise FloatingPointError(
             f"Loss, gradient and parameters must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, "
-            f"batch index {step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in {folder.checkpoints_path}. "
-            "Lower optimizer.learning_rate or check the data with `bpt-rl data verify`."
+            f"batch index {step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in "
+            f"{folder.checkpoints_path}. Lower optimizer.learning_rate or check the data with `bpt-rl data verify`."
         )
 
 
