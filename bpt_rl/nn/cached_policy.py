@@ -124,13 +124,20 @@ class CachedPolicy:
         """Returns the next carry and the action: mean or sample.
 
         Raises:
-          ValueError: If a context is full; nothing is ever dropped from it.
+          ValueError: If a context is full, since nothing is ever dropped from it, or an episode is longer than any
+            of the data.
         """
         num_steps = np.where(carry.is_cleared, 0, carry.num_steps) + 1
         if num_steps.max() > self._capacity:
             raise ValueError(
                 f"The context must hold every step of its chain; it holds {self._capacity} and step "
                 f"{num_steps.max()} came. Make the policy with a larger num_episodes."
+            )
+        if carry.step.max() >= self._model.episode_steps:
+            raise ValueError(
+                "An episode must not outlast those of the training data, whose steps alone are embedded; they have "
+                f"up to {self._model.episode_steps} steps; got step {carry.step.max() + 1}. Use an environment of "
+                "that length."
             )
         normalizer = self._normalizer
         asked = np.asarray(return_to_go, np.float32)

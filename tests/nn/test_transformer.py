@@ -14,8 +14,8 @@ from bpt_rl.nn.transformer import Transformer, drop
 CONFIG = ModelConfig(
     embed_dim=16,
     num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
+    num_heads=4,
+    num_kv_heads=2,
     feedforward_dim=24,
     dropout=0.0,
     implementation="reference",
@@ -79,15 +79,15 @@ def turn(x, position):
 
 
 def plain_attention(query, key, value, ids):
-    """One row's attention, token by token and head by head; both query heads read the one key head."""
+    """One row's attention, token by token and head by head; two query heads read one key head."""
     out = np.zeros_like(query)
     for s in range(len(ids)):
         seen = [t for t in range(s + 1) if ids[t] == ids[s]]
-        for head in range(2):
+        for head in range(4):
             q = turn(query[s, head], s)
-            logits = np.array([q @ turn(key[t], t) for t in seen]) / np.sqrt(8)
+            logits = np.array([q @ turn(key[t, head // 2], t) for t in seen]) / np.sqrt(4)
             weights = np.exp(logits - logits.max())
-            out[s, head] = weights @ value[seen] / weights.sum()
+            out[s, head] = weights @ value[seen, head // 2] / weights.sum()
     return out
 
 
@@ -100,7 +100,8 @@ def plain_transformer(params, x, segment_ids):
         for row, ids in zip(x, segment_ids, strict=True):
             normed = rms_norm(row, block["attention_norm"]["scale"])
             query, key, value = (normed @ block[name]["kernel"] for name in ("query", "key", "value"))
-            attended = plain_attention(query.reshape(-1, 2, 8), key, value, ids)
+            query, key, value = (array.reshape(len(ids), -1, 4) for array in (query, key, value))
+            attended = plain_attention(query, key, value, ids)
             row += attended.reshape(-1, 16) @ block["output"]["kernel"]
             normed = rms_norm(row, block["feedforward_norm"]["scale"])
             row += np.maximum(normed @ block["expand"]["kernel"], 0) @ block["contract"]["kernel"]
