@@ -8,6 +8,7 @@ from pathlib import Path
 from gymnasium.vector import VectorEnv
 
 from bpt_rl.config import AblateConfig, TrainConfig
+from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.evaluate import evaluate_run
 from bpt_rl.run.train import train
@@ -54,16 +55,22 @@ def ablate(
 ) -> list[Path]:
     """Trains and evaluates the cells that are not finished; returns the run folders of all.
 
-    A cell is finished when an evaluation of its last gradient step, under the same evaluation configuration,
-    lies in its run folder.
+    A cell is finished when an evaluation of its last gradient step, under the same evaluation configuration and
+    from the same data, lies in its run folder.
 
     Args:
       config: The grid.
       environments: For the evaluations, to be used again; made for each cell if None.
       report_progress: Told of gradient steps.
       command: Command line that repeats this, for the record.
+
+    Raises:
+      FileNotFoundError: If the store does not exist.
+      ValueError: If the grid has no whole batches, or a cell was begun with another configuration or data.
     """
     grid = list(cells(config))
+    with Store.open(config.train.data.store) as store:
+        digest = store.digest
     num_steps = config.train.optimizer.num_steps
     for index, cell in enumerate(grid):
 
@@ -71,7 +78,7 @@ def ablate(
             if report_progress:
                 report_progress(index * num_steps + step, len(grid) * num_steps)
 
-        if not _is_finished(Path(cell.run), cell, config):
+        if not _is_finished(Path(cell.run), cell, config, digest):
             train(cell, report, command=command)
             evaluate_run(Path(cell.run), config.evaluate, environments=environments, command=command)
             records.write_json(
@@ -81,9 +88,9 @@ def ablate(
     return [Path(cell.run) for cell in grid]
 
 
-def _is_finished(path: Path, cell: TrainConfig, config: AblateConfig) -> bool:
-    marker = path / "cell.json"
-    if not marker.is_file():
+def _is_finished(path: Path, cell: TrainConfig, config: AblateConfig, digest: str) -> bool:
+    marker, folder = path / "cell.json", records.RunFolder(path)
+    if not marker.is_file() or not any(folder.evaluations_path.glob("*.json")):
         return False
     same_evaluation = json.loads(marker.read_text())["evaluate"] == dataclasses.asdict(config.evaluate)
-    return same_evaluation and records.RunFolder(path).config() == cell
+    return same_evaluation and folder.config() == cell and folder.statistics().digest == digest

@@ -1,0 +1,235 @@
+import dataclasses
+import json
+import math
+import shutil
+
+import gymnasium
+import numpy as np
+import pytest
+
+from bpt_rl.agents.random import RandomPolicy
+from bpt_rl.config import EvaluateConfig
+from bpt_rl.datasets.sampling import ChainSampler
+from bpt_rl.datasets.store import Store
+from bpt_rl.envs import tasks
+from bpt_rl.run import protocols, records
+from bpt_rl.run.evaluate import (
+    describe_record,
+    evaluate,
+    evaluate_run,
+    load_params,
+    num_episodes_of,
+    target_of,
+)
+from bpt_rl.run.train import train
+
+TASK = "cartpole_swingup"
+CONFIG = EvaluateConfig(num_chains=3, seed=11)
+
+
+class StartRecorder(gymnasium.vector.VectorWrapper):
+    """Keeps the first observation of every episode, one list a reset."""
+
+    def __init__(self, environments):
+        super().__init__(environments)
+        self.starts = []
+
+    def reset(self, *, seed=None, options=None):
+        observation, infos = self.env.reset(seed=seed, options=options)
+        self.starts.append([observation.copy()])
+        return observation, infos
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        if result[3].any():
+            self.starts[-1].append(result[0].copy())
+        return result
+
+
+@pytest.fixture(scope="module")
+def recorder(environments):
+    return StartRecorder(environments)
+
+
+@pytest.fixture(scope="module")
+def run_path(trained, tmp_path_factory):
+    """A copy of the trained run that evaluations may be written to."""
+    return shutil.copytree(trained.path, tmp_path_factory.mktemp("evaluate") / "at")
+
+
+@pytest.fixture(scope="module")
+def record(run_path, recorder):
+    return evaluate_run(run_path, CONFIG, environments=recorder, command="bpt-rl evaluate runs/at")
+
+
+def log_of(record, context):
+    return records.log_from_json(record["logs"][context])
+
+
+def test_n_trajectories_mean_n_in_training_and_n_at_evaluation(tiny, store_path, record, tmp_path):
+    config = tiny(tmp_path)
+    assert config.data.num_trajectories == 2
+    with Store.open(store_path) as store:
+        batch = ChainSampler(store, config.data, config.model.layout, seed=0).batch(0)
+    for ids, episode, step in zip(batch.segment_ids, batch.episode, batch.step, strict=True):
+        for chain in range(1, ids.max() + 1):
+            # Two whole episodes of 50 steps, one after the other.
+            assert episode[ids == chain].tolist() == [0] * 50 + [1] * 50
+            assert step[ids == chain].tolist() == [*range(50), *range(50)]
+    assert record["num_episodes"] == record["num_trajectories"] == 2
+    for context in ("chain", "memoryless", "random"):
+        log = log_of(record, context)
+        assert log.returns.shape == (3, 2)
+        assert (log.num_steps == 50).all()
+
+
+@pytest.mark.parametrize(
+    ("agent", "asked", "expected"), [("at", 0, 2), ("at", 5, 5), ("bc", 0, 4), ("bc", 1, 1), ("dt", 0, 4)]
+)
+def test_episodes_are_those_asked_for_else_those_of_training_else_four(
+    tiny, tmp_path, agent, asked, expected
+):
+    assert num_episodes_of(EvaluateConfig(num_episodes=asked), tiny(tmp_path, agent=agent)) == expected
+
+
+def test_returns_are_the_sums_of_the_rewards_of_the_same_actions(environments):
+    progress = []
+    log = evaluate(
+        RandomPolicy(1, seed=4),
+        TASK,
+        2,
+        3,
+        seed=5,
+        action_repeat=20,
+        context="random",
+        environments=environments,
+        report_progress=lambda *values: progress.append(values),
+    )
+    assert progress == [("random", 1, 2), ("random", 2, 2)]
+    assert math.isnan(log.target_return)
+    assert log.num_steps.tolist() == [[50, 50]] * 3
+    for i in range(3):
+        seed = int(np.random.SeedSequence([5, i]).generate_state(1)[0])
+        # One control step at a time: the 20 that an action is held for are counted here.
+        environment = tasks.make(TASK, seed)
+        policy = RandomPolicy(1, seed=4)
+        carry = policy.start(3)
+        for episode in range(2):
+            observation, total = environment.reset().observation, 0.0
+            for t in range(1000):
+                if t % 20 == 0:
+                    carry, action = policy.act(carry, np.stack([observation] * 3), np.zeros(3))
+                total += environment.step(action[i]).reward
+            np.testing.assert_allclose(log.returns[i, episode], total, rtol=1e-12)
+
+
+def test_every_policy_begins_every_episode_in_the_same_states(record, recorder):
+    chain, memoryless, random = recorder.starts[:3]
+    assert len(chain) == 3
+    for one, two, three in zip(chain, memoryless, random, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+    assert np.abs(chain[0] - chain[1]).max() > 0
+    assert np.abs(chain[0][0] - chain[0][1]).max() > 0
+
+
+def test_memoryless_is_a_fresh_policy_in_each_episode_and_the_chain_is_not(record, run_path, environments):
+    agent, params, step = load_params(records.RunFolder(run_path))
+    assert step == record["step"] == 6
+    returns = np.zeros((3, 2))
+    observation, _ = environments.reset(seed=CONFIG.seed)
+    for episode in range(2):
+        policy = agent.policy(params, num_episodes=1)
+        carry, return_to_go = policy.start(3), np.full(3, record["target_return"])
+        done = np.zeros(3, bool)
+        while not done.any():
+            carry, action = policy.act(carry, observation, return_to_go)
+            observation, reward, _, done, _ = environments.step(action)
+            carry = policy.observe(carry, reward, done)
+            return_to_go = return_to_go - reward
+            returns[:, episode] += reward
+    np.testing.assert_array_equal(log_of(record, "memoryless").returns, returns)
+    chain = log_of(record, "chain").returns
+    # A larger cache sums in another order; what is remembered changes far more.
+    np.testing.assert_allclose(chain[:, 0], returns[:, 0], rtol=1e-6)
+    assert np.abs(chain[:, 1] - returns[:, 1]).min() > 1e-3
+
+
+def test_making_environments_gives_what_reused_ones_give(record, run_path):
+    made = evaluate_run(run_path, dataclasses.replace(CONFIG, num_workers=2))
+    assert made["logs"].keys() == record["logs"].keys()
+    for context in made["logs"]:
+        np.testing.assert_array_equal(log_of(made, context).returns, log_of(record, context).returns)
+
+
+def test_an_evaluation_is_strict_json_that_reads_back_as_its_logs(record, run_path):
+    def refuse(token):
+        pytest.fail(f"{token} is not JSON")
+
+    [file] = [p for p in (run_path / "evaluations").glob("*.json") if json.loads(p.read_text()) == record]
+    assert file.name.startswith("00000006_")
+    values = json.loads(file.read_text(), parse_constant=refuse)
+    assert values["schema"] == 1
+    assert values["command"] == "bpt-rl evaluate runs/at"
+    assert values["data"]["subset"] == "six"
+    for context, target in (("chain", values["target_return"]), ("random", math.nan)):
+        log = records.log_from_json(values["logs"][context])
+        assert (log.context, log.task, log.action_repeat, log.seed) == (context, TASK, 20, 11)
+        np.testing.assert_array_equal(log.target_return, target)
+        for name in ("first", "last", "mean", "max"):
+            assert values["estimates"][context][name]["value"] == getattr(protocols, name)(log).value
+        assert values["estimates"][context]["curve"] == [e.value for e in protocols.curve(log)]
+
+
+def test_one_chain_has_no_interval_and_says_so(run_path):
+    config = EvaluateConfig(num_chains=1, num_episodes=1, random=False)
+    record = evaluate_run(run_path, config)
+    assert list(record["logs"]) == ["chain"]
+    assert record["estimates"]["chain"]["mean"]["low"] is None
+    assert "[one chain, no interval]" in describe_record(record)
+    assert record in records.RunFolder(run_path).evaluations()
+
+
+def test_a_policy_without_memory_is_asked_for_nothing_and_has_no_second_control(tiny, tmp_path, environments):
+    folder = train(tiny(tmp_path / "bc", agent="bc", num_steps=3))
+    record = evaluate_run(folder.path, dataclasses.replace(CONFIG, num_episodes=1), environments=environments)
+    assert list(record["logs"]) == ["chain", "random"]
+    assert record["logs"]["chain"]["target_return"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "rule"),
+    [
+        ({}, 8.0, "largest return in the data"),
+        ({"target_multiple": 1.5}, 12.0, "largest return in the data, times 1.5"),
+        ({"target": "quantile", "target_quantile": 0.5}, 3.0, "0.5 quantile of the data's returns"),
+        (
+            {"target": "quantile", "target_quantile": 0.25, "target_multiple": 2.0},
+            4.0,
+            "0.25 quantile of the data's returns, times 2.0",
+        ),
+    ],
+)
+def test_target_returns_come_from_the_data_by_a_named_rule(trained, changes, target, rule):
+    statistics = dataclasses.replace(trained.statistics(), returns=(1.0, 2.0, 3.0, 5.0, 8.0))
+    assert target_of(EvaluateConfig(**changes), statistics) == (target, rule)
+
+
+def test_what_is_no_finished_run_is_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold config\.toml; there is none in .*nothing"):
+        evaluate_run(tmp_path / "nothing", CONFIG)
+    path = shutil.copytree(trained.path, tmp_path / "at")
+    text = (path / "config.toml").read_text()
+    (path / "config.toml").write_text(text.replace("embed_dim = 16", "embed_dim = 32"))
+    message = r"match the configured architecture; params/embed_action/bias is \(16,\) .* and \(32,\)"
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(path, CONFIG)
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=r"must have a complete checkpoint to be evaluated; .*at has"):
+        evaluate_run(path, CONFIG)
+    assert not (path / "evaluations").exists()
+
+
+def test_counts_must_be_positive():
+    with pytest.raises(ValueError, match="num_episodes and num_chains must be positive; got 0 and 3"):
+        evaluate(RandomPolicy(1, 0), TASK, 0, 3, seed=0)
