@@ -4,10 +4,10 @@ import jax
 from flax import nnx
 from jaxtyping import Float
 
-from bpt_rl.agents.base import Params
+from bpt_rl.agents.base import Params, Policy
 from bpt_rl.config import TrainConfig
-from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.policy import make_policy
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
 from bpt_rl.types import DataStatistics, PackedBatch
 
@@ -19,6 +19,12 @@ class AgenticTransformer:
     """
 
     def __init__(self, config: TrainConfig, statistics: DataStatistics) -> None:
+        if config.data.window and config.data.num_trajectories > 1:
+            raise ValueError(
+                "Training must show what evaluation will: episodes follow one another whole there; got window "
+                f"{config.data.window} and num_trajectories {config.data.num_trajectories}. Set window to 0, or "
+                "num_trajectories to 1."
+            )
         self._config = config
         self._normalizer = Normalizer.from_statistics(statistics, config.return_scale)
         self._sizes = (statistics.observation_dim, statistics.action_dim, statistics.episode_steps)
@@ -47,15 +53,14 @@ class AgenticTransformer:
         num_episodes: int = 1,
         clear_context: bool = False,
         sample_seed: int | None = None,
-    ) -> CachedPolicy:
-        """Returns the cached policy over chains of `num_episodes` episodes."""
-        return CachedPolicy(
+    ) -> Policy:
+        """Returns the policy over chains of `num_episodes` episodes."""
+        return make_policy(
             self._graph,
             params,
-            self._config.model,
+            self._config,
             self._normalizer,
             num_episodes=num_episodes,
             clear_context=clear_context,
-            completion=self._config.data.completion,
             sample_seed=sample_seed,
         )

@@ -4,10 +4,10 @@ import jax
 from flax import nnx
 from jaxtyping import Float
 
-from bpt_rl.agents.base import Params
+from bpt_rl.agents.base import Params, Policy
 from bpt_rl.config import TrainConfig
-from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.policy import make_policy
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
 from bpt_rl.types import DataStatistics, PackedBatch
 
@@ -51,16 +51,15 @@ class DecisionTransformer:
         num_episodes: int = 1,
         clear_context: bool = False,
         sample_seed: int | None = None,
-    ) -> CachedPolicy:
-        """Returns the cached policy; its context is cleared at each episode's end whatever is asked."""
+    ) -> Policy:
+        """Returns the policy; its context is cleared at each episode's end whatever is asked."""
         del num_episodes, clear_context
-        return CachedPolicy(
+        return make_policy(
             self._graph,
             params,
-            self._config.model,
+            self._config,
             self._normalizer,
             num_episodes=1,
             clear_context=True,
-            completion=self._config.data.completion,
             sample_seed=sample_seed,
         )

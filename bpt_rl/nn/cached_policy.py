@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from bpt_rl.config import ModelConfig
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
@@ -61,7 +60,6 @@ class CachedPolicy:
         self,
         graph: nnx.GraphDef[Any],
         params: Any,
-        config: ModelConfig,
         normalizer: Normalizer,
         *,
         num_episodes: int,
@@ -74,25 +72,15 @@ class CachedPolicy:
         Args:
           graph: Of a `TrajectoryModel`.
           params: Its parameters.
-          config: Its configuration.
           normalizer: Of its training data.
           num_episodes: Episodes the context holds; one where it is cleared.
           clear_context: Forget everything at each episode's end.
           completion: `per_episode` or `per_step`, as in training.
           sample_seed: Draw actions from the Gaussian head; their mean if None.
-
-        Raises:
-          ValueError: If actions are to be drawn from a deterministic head.
         """
-        if sample_seed is not None and config.action_distribution != "gaussian":
-            raise ValueError(
-                "Drawing actions needs a Gaussian head; the model was trained with action_distribution "
-                f"{config.action_distribution!r}. Evaluate it without --sample."
-            )
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
         self._graph = graph
         self._params = params
-        self._config = config
         self._normalizer = normalizer
         self._clear_context = clear_context
         self._completion = completion

@@ -1,0 +1,137 @@
+"""A trajectory model that was trained on windows of one trajectory, acting on the last window of its episode."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.trajectory_model import TrajectoryModel
+from bpt_rl.types import PackedBatch
+
+
+class WindowedCarry(NamedTuple):
+    """The last steps of the present episode of B environments, the newest in the last filled place."""
+
+    window: PackedBatch
+    """Raw units; filled from the left, then shifted."""
+    num_filled: Int[np.ndarray, "B"]
+    step: Int[np.ndarray, "B"]
+    return_to_go: Float[np.ndarray, "B"]
+    num_calls: int
+    """Actions taken since the start; each draws its own noise."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_action(
+    graph: nnx.GraphDef[TrajectoryModel],
+    params: Any,
+    window: PackedBatch,
+    last: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    predicted = nnx.merge(graph, params)(window)
+    mean, log_std = (jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
+    if key is None:
+        return mean
+    return jnp.clip(mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape), -1, 1)
+
+
+class WindowedPolicy:
+    """Recomputes the whole window at every step, as training saw it: positions start anew with each window.
+
+    A cache would not do: its keys and values would know of steps that have left the window.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef[TrajectoryModel],
+        params: Any,
+        normalizer: Normalizer,
+        *,
+        window: int,
+        completion: str,
+        sample_seed: int | None = None,
+    ) -> None:
+        """Binds parameters to a policy.
+
+        Args:
+          graph: Of a `TrajectoryModel`.
+          params: Its parameters.
+          normalizer: Of its training data.
+          window: Steps of the context, as in training.
+          completion: `per_episode` or `per_step`, as in training.
+          sample_seed: Draw actions from the Gaussian head; their mean if None.
+        """
+        self._key = None if sample_seed is None else jax.random.key(sample_seed)
+        self._graph = graph
+        self._params = params
+        self._normalizer = normalizer
+        self._num_steps = window
+        self._completion = completion
+        self._action_dim = nnx.merge(graph, params).action_dim
+
+    def start(self, num_environments: int) -> WindowedCarry:
+        """Returns the carry of empty windows."""
+        place = (num_environments, self._num_steps)
+        zeros, indices = np.zeros(place, np.float32), np.zeros(place, np.int32)
+        window = PackedBatch(
+            observation=np.zeros((*place, len(self._normalizer.observation_mean)), np.float32),
+            action=np.zeros((*place, self._action_dim), np.float32),
+            reward=zeros,
+            return_to_go=zeros,
+            completion=zeros,
+            step=indices,
+            episode=indices,
+            segment_ids=indices,
+            loss_mask=zeros,
+        )
+        start = np.zeros(num_environments, np.int32)
+        return WindowedCarry(window, start, start, np.zeros(num_environments, np.float32), num_calls=0)
+
+    def act(
+        self,
+        carry: WindowedCarry,
+        observation: Float[np.ndarray, "B O"],
+        return_to_go: Float[np.ndarray, "B"],
+    ) -> tuple[WindowedCarry, Float[np.ndarray, "B A"]]:
+        """Returns the next carry and the action: mean or sample."""
+        is_full = carry.num_filled == self._num_steps
+        last = np.where(is_full, self._num_steps - 1, carry.num_filled)
+        asked = np.asarray(return_to_go, np.float32)
+        fields = {name: _shifted(values, is_full) for name, values in carry.window._asdict().items()}
+        rows = np.arange(len(last))
+        now = {"observation": observation, "return_to_go": asked, "step": carry.step, "segment_ids": 1}
+        for name, value in now.items():
+            fields[name][rows, last] = value
+        window = PackedBatch(**fields)
+        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
+        action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, key))
+        window.action[rows, last] = action
+        return WindowedCarry(window, last + 1, carry.step, asked, carry.num_calls + 1), action
+
+    def observe(
+        self, carry: WindowedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
+    ) -> WindowedCarry:
+        """Returns the carry after a step's reward; an episode's end empties its window."""
+        reached = carry.return_to_go - reward <= 1e-4 * self._normalizer.return_scale
+        if self._completion == "per_episode":
+            reached &= done
+        fields = {name: values.copy() for name, values in carry.window._asdict().items()}
+        place = (np.arange(len(done)), carry.num_filled - 1)
+        fields["reward"][place] = reward
+        fields["completion"][place] = reached
+        for values in fields.values():
+            values[done] = 0
+        num_filled = np.where(done, 0, carry.num_filled).astype(np.int32)
+        step = np.where(done, 0, carry.step + 1).astype(np.int32)
+        return WindowedCarry(PackedBatch(**fields), num_filled, step, carry.return_to_go, carry.num_calls)
+
+
+def _shifted(values: Any, is_full: Bool[np.ndarray, "B"]) -> np.ndarray:
+    moved = np.concatenate([values[:, 1:], np.zeros_like(values[:, :1])], axis=1)
+    return np.where(is_full.reshape(is_full.shape + (1,) * (values.ndim - 1)), moved, values)

@@ -1,0 +1,95 @@
+"""Tests of the policy of a model that was trained on windows."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import DataConfig, ModelConfig, TrainConfig
+from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.trajectory_model import TrajectoryModel
+from bpt_rl.types import DataStatistics, PackedBatch
+
+WINDOW, EPISODE_STEPS, NUM_ENVIRONMENTS = 3, 5, 2
+TARGET = 4.0
+STATISTICS = DataStatistics(
+    task="cartpole_swingup",
+    observation_mean=(0.1, -0.2),
+    observation_std=(1.0, 2.0),
+    action_dim=1,
+    action_repeat=1,
+    episode_steps=EPISODE_STEPS,
+    returns=(1.0, TARGET),
+    reward_abs_max=1.0,
+    num_episodes=2,
+    source="",
+    subset="full",
+    digest="",
+)
+
+
+def config_of(layout="fused", num_trajectories=1, distribution="deterministic", agent="dt"):
+    return TrainConfig(
+        agent=agent,
+        data=DataConfig(num_trajectories=num_trajectories, window=WINDOW),
+        model=ModelConfig(
+            layout=layout, embed_dim=16, num_layers=1, dropout=0.0, action_distribution=distribution
+        ),
+    )
+
+
+def play(policy, num_episodes=2):
+    """Returns every step of a rollout on made-up observations and rewards, as an unpacked batch [B, T]."""
+    generator = np.random.default_rng(0)
+    carry, asked, steps = policy.start(NUM_ENVIRONMENTS), np.full(NUM_ENVIRONMENTS, TARGET, np.float32), []
+    for t in range(num_episodes * EPISODE_STEPS):
+        observation = generator.normal(size=(NUM_ENVIRONMENTS, 2)).astype(np.float32)
+        reward = generator.uniform(size=NUM_ENVIRONMENTS)
+        done = np.full(NUM_ENVIRONMENTS, (t + 1) % EPISODE_STEPS == 0)
+        carry, action = policy.act(carry, observation, asked)
+        place = np.full(NUM_ENVIRONMENTS, t % EPISODE_STEPS, np.int32)
+        reached = (done & (asked <= reward)).astype(np.float32)
+        ones = np.ones(NUM_ENVIRONMENTS, np.int32)
+        steps.append(
+            PackedBatch(
+                observation, action, reward.astype(np.float32), asked, reached, place, 0 * ones, ones, ones
+            )
+        )
+        carry = policy.observe(carry, reward, done)
+        asked = np.where(done, TARGET, asked - reward).astype(np.float32)
+    return PackedBatch(*(np.stack(field, axis=1) for field in zip(*steps, strict=True)))
+
+
+@pytest.mark.parametrize("layout", ["fused", "return_state_action", "return_state_action_reward"])
+def test_windowed_policy_equals_the_model_on_the_last_window_of_the_episode(layout):
+    config = config_of(layout)
+    agent = make_agent(config, STATISTICS)
+    params = agent.init(jax.random.key(1))
+    played = play(agent.policy(params))
+    graph = nnx.graphdef(TrajectoryModel(config.model, 2, 1, EPISODE_STEPS, nnx.Rngs(0)))
+    model, normalizer = nnx.merge(graph, params), Normalizer.from_statistics(STATISTICS, "largest_return")
+    for t in range(2 * EPISODE_STEPS):
+        start = max(t - t % EPISODE_STEPS, t + 1 - WINDOW)
+        window = PackedBatch(*(field[:, start : t + 1] for field in played))
+        expected = model(normalizer(window)).mean[:, -1]
+        np.testing.assert_allclose(played.action[:, t], expected, atol=1e-5)  # float32, other summation order
+
+
+def test_drawn_actions_repeat_with_their_seed_alone():
+    agent = make_agent(config_of(distribution="gaussian"), STATISTICS)
+    params = agent.init(jax.random.key(1))
+    first, same, other = (play(agent.policy(params, sample_seed=s), 1).action for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_drawing_from_a_deterministic_head_is_refused():
+    agent = make_agent(config_of(), STATISTICS)
+    with pytest.raises(ValueError, match="Drawing actions needs a Gaussian head"):
+        agent.policy(agent.init(jax.random.key(1)), sample_seed=0)
+
+
+def test_a_chain_of_windows_is_refused():
+    with pytest.raises(ValueError, match="got window 3 and num_trajectories 2. Set window to 0"):
+        make_agent(config_of(agent="at", num_trajectories=2), STATISTICS)
