@@ -1,5 +1,6 @@
 """Drawing batches of chains: batch k depends on the seed and on k alone."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -43,7 +44,8 @@ class ChainSampler:
                 f"steps. Use {self._chain_steps * LAYOUTS[layout]} tokens or fewer trajectories."
             )
         self.num_rows = -(-config.batch_size // chains_per_row)
-        episode_bytes = 4 * int(lengths.max() + 1) * (store.observation_dim + store.action_dim + 1)
+        # Beside observation and action: discount, stored reward and the task's.
+        episode_bytes = 4 * int(lengths.max() + 1) * (store.observation_dim + store.action_dim + 3)
         self._episode = functools.lru_cache(max(1, CACHE_BYTES // episode_bytes))(self._read)
 
     def _check(self, lengths: np.ndarray) -> None:
@@ -60,7 +62,13 @@ class ChainSampler:
             )
 
     def _read(self, index: int) -> Trajectory:
-        return self._store.episode(index)
+        trajectory, task = self._store.episode(index), self._config.task
+        # What no chain is made of would fill the cache: physics takes as much as all the rest.
+        return dataclasses.replace(
+            trajectory,
+            physics=np.zeros((len(trajectory.physics), 0)),
+            task_reward={task: trajectory.task_reward[task]},
+        )
 
     def batch(self, index: int) -> PackedBatch:
         """Returns batch `index`: `batch_size` chains packed into `num_rows` rows."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bpt_rl.config import BuildConfig, DataConfig
-from bpt_rl.datasets import chains, exorl
+from bpt_rl.datasets import chains, exorl, sampling
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
@@ -36,6 +36,14 @@ def store(episodes, tmp_path_factory):
     )
     with Store.open(build_store(config)) as built:
         yield built
+
+
+def counting(method, calls):
+    def counted(self, index):
+        calls.append(index)
+        return method(self, index)
+
+    return counted
 
 
 def make_sampler(store, seed=0, layout="fused", **changes):
@@ -167,6 +175,23 @@ def test_prefetched_batches_are_those_of_the_sampler_from_any_start(store):
         assert len(found) == stop - start
         for k, batch in zip(range(start, stop), found, strict=True):
             check_equal(batch, sampler.batch(k))
+
+
+def test_memory_for_episodes_is_bounded_and_changes_nothing(store, monkeypatch):
+    expected, read = make_sampler(store).batch(0), []
+    # One episode of 12 steps: 13 rows of 5 observations, 1 action, 1 discount and 2 rewards, 4 bytes each.
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 13 * 9 * 4)
+    monkeypatch.setattr(Store, "episode", counting(Store.episode, read))
+    sampler = make_sampler(store)
+    for _ in range(2):
+        check_equal(sampler.batch(0), expected)
+    assert len(read) == 12
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 8 * 13 * 9 * 4)
+    read.clear()
+    sampler = make_sampler(store)
+    for _ in range(2):
+        check_equal(sampler.batch(0), expected)
+    assert len(read) == len(set(read)) <= 6
 
 
 @pytest.mark.parametrize(
