@@ -4,11 +4,12 @@ Heavy packages are imported by the verb that needs them, so that `--help` answer
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from bpt_rl import config_toml
 
 T = TypeVar("T")
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What a user can cause: shown as one sentence, without a traceback."""
 
 
@@ -38,13 +39,47 @@ def _parse(config_type: type[T], prog: str, arguments: Sequence[str], default: T
     verb = VERBS[prog.removeprefix("bpt-rl ")]
     description = f"{verb.summary}\n\nExample: {verb.example}"
     usage = f"{prog} {verb.arguments}".replace("[options]", "").strip()
-    return tyro.cli(
-        config_type,
-        prog=usage,
-        args=list(arguments),
-        default=default or config_type(),
-        description=description,
-    )
+    try:
+        return tyro.cli(
+            config_type,
+            prog=usage,
+            args=list(arguments),
+            default=default or config_type(),
+            description=description,
+        )
+    except SystemExit:
+        # tyro finds what is near only if the groups before the name are right.
+        for sentence in _misspelt(default or config_type(), arguments):
+            print(sentence, file=sys.stderr)
+        raise
+
+
+def _misspelt(config: object, arguments: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence for each option that there is none of; it names the nearest."""
+    known = {"help": "help"} | {name: name.rpartition(".")[2] for name in _option_names(config)}
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        group, dot, last = argument[2:].partition("=")[0].replace("_", "-").rpartition(".")
+        if {group + dot + last, group + dot + last.removeprefix("no-")} & known.keys():
+            continue
+
+        def likeness(name: str, option: str = group + dot + last, last: str = last) -> tuple[float, float]:
+            ratios = [
+                difflib.SequenceMatcher(None, *pair).ratio() for pair in ((last, known[name]), (option, name))
+            ]
+            return ratios[0], ratios[1]
+
+        yield f"bpt-rl: there is no option {argument.partition('=')[0]}. Nearest: --{max(known, key=likeness)}."
+
+
+def _option_names(config: object, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _option_names(value, f"{name}.")
+        else:
+            yield name
 
 
 def _split(prog: str, arguments: Sequence[str], needed: str) -> tuple[list[str], list[str]]:
@@ -262,8 +297,6 @@ def _find_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         name = " ".join(arguments[:length])
         if name in VERBS and len(arguments) >= length:
             return name, arguments[length:]
-    import difflib
-
     got = " ".join(arguments[:2] if arguments[0] == "data" else arguments[:1])
     near = difflib.get_close_matches(got, VERBS, n=1, cutoff=0.0)[0]
     raise ValueError(f"A verb must be one of {', '.join(VERBS)}; got {got!r}. Nearest: bpt-rl {near}.")

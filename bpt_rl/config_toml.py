@@ -30,9 +30,11 @@ def load(config_type: type[T], name_or_path: str) -> T:
     else:
         resource = importlib.resources.files("bpt_rl.configs").joinpath(f"{name_or_path}.toml")
         if not resource.is_file():
+            names = preset_names()
+            near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.0)
             raise FileNotFoundError(
                 f"A configuration must be a TOML file or a preset; got {name_or_path!r}. "
-                f"Presets: {', '.join(preset_names())}."
+                f"Presets: {', '.join(names)}. Nearest: {near[0]}."
             )
         text = resource.read_text(encoding="utf-8")
     try:

@@ -172,7 +172,7 @@ def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32); got {seed}. Choose a smaller number.")
-    _require_mujoco()
+    require_mujoco()
     with _quiet():
         from dm_control import suite
         from dm_control.suite.wrappers import action_scale
@@ -186,7 +186,12 @@ def physics_state(environment: Environment) -> Float[np.ndarray, "P"]:
     return np.array(environment.physics.get_state(), np.float64)
 
 
-def _require_mujoco() -> None:
+def require_mujoco() -> None:
+    """Checks the installed MuJoCo without importing it.
+
+    Raises:
+      ImportError: If it is of a version that dm_control cannot work with.
+    """
     installed = importlib.metadata.version("mujoco")
     numbers = re.match(r"(\d+)\.(\d+)", installed)
     if numbers is None or not (3, 17) <= tuple(map(int, numbers.groups())) < (4, 0):

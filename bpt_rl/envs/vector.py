@@ -38,9 +38,11 @@ def make_vector(
 
     Raises:
       ValueError: If the task is unknown or a number is out of range.
+      ImportError: If MuJoCo is of a version that dm_control cannot work with.
       RuntimeError: If a simulator process fails to start.
     """
     tasks.domain_of(task)
+    tasks.require_mujoco()
     if num_environments < 1 or action_repeat < 1:
         raise ValueError(
             "num_environments and action_repeat must be at least 1; got "
