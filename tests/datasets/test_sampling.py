@@ -178,20 +178,17 @@ def test_prefetched_batches_are_those_of_the_sampler_from_any_start(store):
 
 
 def test_memory_for_episodes_is_bounded_and_changes_nothing(store, monkeypatch):
-    expected, read = make_sampler(store).batch(0), []
-    # One episode of 12 steps: 13 rows of 5 observations, 1 action, 1 discount and 2 rewards, 4 bytes each.
-    monkeypatch.setattr(sampling, "CACHE_BYTES", 13 * 9 * 4)
+    all_in_one = {"num_trajectories": 8, "batch_size": 1}
+    expected, read = make_sampler(store, **all_in_one).batch(0), []
     monkeypatch.setattr(Store, "episode", counting(Store.episode, read))
-    sampler = make_sampler(store)
-    for _ in range(2):
-        check_equal(sampler.batch(0), expected)
-    assert len(read) == 12
-    monkeypatch.setattr(sampling, "CACHE_BYTES", 8 * 13 * 9 * 4)
-    read.clear()
-    sampler = make_sampler(store)
-    for _ in range(2):
-        check_equal(sampler.batch(0), expected)
-    assert len(read) == len(set(read)) <= 6
+    # Of 13 rows of 5 observations, 1 action, 1 discount and 2 rewards, 4 bytes each; of the longest episode.
+    for num_kept, num_read in ((1, 16), (8, 8)):
+        monkeypatch.setattr(sampling, "CACHE_BYTES", num_kept * 13 * 9 * 4)
+        read.clear()
+        sampler = make_sampler(store, **all_in_one)
+        for _ in range(2):
+            check_equal(sampler.batch(0), expected)
+        assert len(read) == num_read
 
 
 @pytest.mark.parametrize(

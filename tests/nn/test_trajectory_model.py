@@ -30,6 +30,12 @@ FIRST, SECOND = slice(0, 7), slice(7, 11)
 """Steps of the two chains in the packed row of twelve."""
 
 
+quick_jit = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+"""With half the compile time."""
+
+
 class Result(NamedTuple):
     mean: np.ndarray
     loss: np.ndarray
@@ -39,9 +45,7 @@ class Result(NamedTuple):
     """Of the mean, weighted by the cotangent."""
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)  # halves the compile time
+@quick_jit
 def _run(graph, params, batch, cotangent):
     def outputs(params, floats):
         mean, log_std = nnx.merge(graph, params)(batch._replace(**floats))
@@ -53,6 +57,16 @@ def _run(graph, params, batch, cotangent):
     parameter_gradient, _ = pullback((jnp.zeros_like(mean), jnp.ones_like(loss)))
     _, batch_gradient = pullback((cotangent, jnp.zeros_like(loss)))
     return Result(mean, loss, parameter_gradient, batch_gradient)
+
+
+@quick_jit
+def embed(graph, params, batch):
+    return nnx.merge(graph, params).embed(batch)
+
+
+@quick_jit
+def distribution(graph, params, batch, key=None):
+    return nnx.merge(graph, params)(batch, key)
 
 
 def run(graph_and_params, batch, cotangent=None):
@@ -211,35 +225,35 @@ def test_tokens_of_a_step_stand_together_in_the_order_of_the_layout(make):
         "fused": {"return_to_go": 3, "observation": 3, "action": 4, "reward": 4, "completion": 4},
     }
     for layout, places in carriers.items():
-        model = nnx.merge(*make(layout))
-        before = np.asarray(model.embed(PACKED))
+        model = make(layout)
+        before = np.asarray(embed(*model, PACKED))
         assert before.shape == (3, 12 * LAYOUTS[layout], 16)
         for name, place in places.items():
             changed = jax.tree.map(np.copy, PACKED)
             getattr(changed, name)[0, 3] += 1
-            moved = np.abs(np.asarray(model.embed(changed)) - before).max(axis=-1) > 1e-6
+            moved = np.abs(np.asarray(embed(*model, changed)) - before).max(axis=-1) > 1e-6
             np.testing.assert_array_equal(np.argwhere(moved), [[0, place]], err_msg=f"{layout} {name}")
         for name in ("step", "episode"):
             changed = jax.tree.map(np.copy, PACKED)
             getattr(changed, name)[0, 3] -= 1 if name == "step" else -1
-            moved = np.abs(np.asarray(model.embed(changed)) - before).max(axis=-1) > 1e-6
+            moved = np.abs(np.asarray(embed(*model, changed)) - before).max(axis=-1) > 1e-6
             own = range(3 * LAYOUTS[layout], 4 * LAYOUTS[layout])
             np.testing.assert_array_equal(np.argwhere(moved), [[0, s] for s in own])
 
 
 def test_episodes_beyond_the_embedding_share_its_last_entry(make):
-    model = nnx.merge(*make("fused"))
+    model = make("fused")
     two, three, nine = (
-        np.asarray(model.embed(PACKED._replace(episode=np.full((3, 12), e, np.int32)))) for e in (1, 2, 9)
+        np.asarray(embed(*model, PACKED._replace(episode=np.full((3, 12), e, np.int32)))) for e in (1, 2, 9)
     )
     np.testing.assert_array_equal(three, nine)
     assert np.abs(three - two).max() > 0.01
 
 
 def test_without_episode_embedding_the_episode_is_not_seen(make):
-    model = nnx.merge(*make("fused", episode_embedding=0))
+    model = make("fused", episode_embedding=0)
     one, two = (
-        np.asarray(model.embed(PACKED._replace(episode=np.full((3, 12), e, np.int32)))) for e in (0, 1)
+        np.asarray(embed(*model, PACKED._replace(episode=np.full((3, 12), e, np.int32)))) for e in (0, 1)
     )
     np.testing.assert_array_equal(one, two)
 
@@ -262,18 +276,18 @@ def test_gaussian_loss_is_the_negative_log_likelihood_up_to_its_constant():
 def test_gaussian_head_has_a_deviation_of_its_own_within_bounds(make):
     graph, params = make("fused", action_distribution="gaussian")
     head = {"kernel": np.zeros((16, 4), np.float32), "bias": np.array([0.5, -9, -7, 0.5], np.float32)}
-    mean, log_std = nnx.merge(graph, params | {"head": head})(PACKED)
+    mean, log_std = distribution(graph, params | {"head": head}, PACKED)
     np.testing.assert_allclose(mean[0, 0], np.tanh([0.5, -9]), rtol=1e-6)
     np.testing.assert_allclose(log_std[0, 0], [-5, 0.5], rtol=1e-6)
 
 
-def test_dropout_of_the_embedding_is_on_with_a_key_only(make):
+def test_dropout_of_the_embedding_follows_the_key(make):
     graph, params = make("fused", dropout=0.5)
     # With no residual branch, all the noise there can be is the embedding's.
     blocks = jax.tree.map(np.zeros_like, params["transformer"]["blocks"])
-    model = nnx.merge(graph, params | {"transformer": params["transformer"] | {"blocks": blocks}})
-    still, first, again, other = (
-        np.asarray(model(PACKED, key and jax.random.key(key)).mean) for key in (None, 1, 1, 2)
+    params = params | {"transformer": params["transformer"] | {"blocks": blocks}}
+    first, again, other = (
+        np.asarray(distribution(graph, params, PACKED, jax.random.key(seed)).mean) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
-    assert min(np.abs(first - other).max(), np.abs(first - still).max()) > 0.1
+    assert np.abs(first - other).max() > 0.1
