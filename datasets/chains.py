@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from bpt_rl.types import Trajectory
 
@@ -61,9 +61,19 @@ def returns_to_go(reward: Float[np.ndarray, "T"], target: float | None = None) -
     return (target - before).astype(np.float32)
 
 
-def reaches(collected: Float[np.ndarray, "*any"], target: float) -> np.ndarray:
-    """Returns where a collected return reaches the target, up to float32 rounding of the sum."""
-    return collected >= target - RELATIVE_TOLERANCE * max(1.0, abs(target))
+def reaches(
+    collected: Float[np.ndarray, "*any"], target: float, scale: float | None = None
+) -> Bool[np.ndarray, "*any"]:
+    """Returns where a collected return reaches the target, up to float32 rounding of sums of this scale.
+
+    Args:
+      collected: Rewards collected, or less what is still asked for.
+      target: What is to be reached.
+      scale: Size of the returns that were summed; the target's if None.
+    """
+    return np.asarray(
+        collected >= target - RELATIVE_TOLERANCE * max(1.0, abs(target if scale is None else scale))
+    )
 
 
 def build_chain(

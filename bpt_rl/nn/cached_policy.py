@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
+from bpt_rl.datasets.chains import reaches
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
@@ -103,7 +104,7 @@ class CachedPolicy:
             previous_episode=indices,
             step=indices,
             episode=indices,
-            return_to_go=zeros,
+            return_to_go=np.zeros(num_environments),
         )
 
     def act(
@@ -121,21 +122,16 @@ class CachedPolicy:
                 f"The context must hold every step of its chain; it holds {self._capacity} and step "
                 f"{num_steps.max()} came. Make the policy with a larger num_episodes."
             )
-        if carry.step.max() >= self._model.episode_steps:
-            raise ValueError(
-                "An episode must not outlast those of the training data, whose steps alone are embedded; they have "
-                f"up to {self._model.episode_steps} steps; got step {carry.step.max() + 1}. Use an environment of "
-                "that length."
-            )
+        self._model.check_steps(carry.step)
         normalizer = self._normalizer
-        asked = np.asarray(return_to_go, np.float32)
+        asked = np.asarray(return_to_go, np.float64)
         inputs = Step(
             previous_action=carry.previous_action,
             previous_reward=carry.previous_reward / np.float32(normalizer.reward_scale),
             previous_completion=carry.previous_completion,
             previous_step=carry.previous_step,
             previous_episode=carry.previous_episode,
-            return_to_go=asked / np.float32(normalizer.return_scale),
+            return_to_go=(asked / normalizer.return_scale).astype(np.float32),
             observation=(observation - normalizer.observation_mean) / normalizer.observation_std,
             step=carry.step,
             episode=carry.episode,
@@ -157,7 +153,7 @@ class CachedPolicy:
         self, carry: CachedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
     ) -> CachedCarry:
         """Returns the carry after a step's reward."""
-        reached = carry.return_to_go - reward <= 1e-4 * self._normalizer.return_scale
+        reached = reaches(-carry.return_to_go + reward, 0.0, self._normalizer.return_scale)
         if self._completion == "per_episode":
             reached &= done
         carry = carry._replace(

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
@@ -77,6 +78,18 @@ class TrajectoryModel(nnx.Module):
     def num_dummy(self) -> int:
         """Tokens of the step before the first one, which decoding writes and nothing sees."""
         return {"return_state_action_reward": 2, "return_state_action": 1, "fused": 0}[self.config.layout]
+
+    def check_steps(self, step: Int[np.ndarray, "B"]) -> None:
+        """Refuses steps that no training episode had: they have no embedding.
+
+        Raises:
+          ValueError: If there is one.
+        """
+        if step.max() >= self.episode_steps:
+            raise ValueError(
+                "An episode must not outlast those of the training data, whose steps alone are embedded; they have "
+                f"up to {self.episode_steps} steps; got step {step.max() + 1}. Use an environment of that length."
+            )
 
     def _place(self, step: Int[Any, "..."], episode: Int[Any, "..."]) -> Float[jax.Array, "... D"]:
         place = self.embed_step(step)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
+from bpt_rl.datasets.chains import reaches
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import TrajectoryModel
 from bpt_rl.types import PackedBatch
@@ -73,7 +74,7 @@ class WindowedPolicy:
         self._normalizer = normalizer
         self._num_steps = window
         self._completion = completion
-        self._action_dim = nnx.merge(graph, params).action_dim
+        self._model = nnx.merge(graph, params)
 
     def start(self, num_environments: int) -> WindowedCarry:
         """Returns the carry of empty windows."""
@@ -81,7 +82,7 @@ class WindowedPolicy:
         zeros, indices = np.zeros(place, np.float32), np.zeros(place, np.int32)
         window = PackedBatch(
             observation=np.zeros((*place, len(self._normalizer.observation_mean)), np.float32),
-            action=np.zeros((*place, self._action_dim), np.float32),
+            action=np.zeros((*place, self._model.action_dim), np.float32),
             reward=zeros,
             return_to_go=zeros,
             completion=zeros,
@@ -91,7 +92,7 @@ class WindowedPolicy:
             loss_mask=zeros,
         )
         start = np.zeros(num_environments, np.int32)
-        return WindowedCarry(window, start, start, np.zeros(num_environments, np.float32), num_calls=0)
+        return WindowedCarry(window, start, start, np.zeros(num_environments), num_calls=0)
 
     def act(
         self,
@@ -99,10 +100,15 @@ class WindowedPolicy:
         observation: Float[np.ndarray, "B O"],
         return_to_go: Float[np.ndarray, "B"],
     ) -> tuple[WindowedCarry, Float[np.ndarray, "B A"]]:
-        """Returns the next carry and the action: mean or sample."""
+        """Returns the next carry and the action: mean or sample.
+
+        Raises:
+          ValueError: If an episode is longer than any of the data.
+        """
+        self._model.check_steps(carry.step)
         is_full = carry.num_filled == self._num_steps
         last = np.where(is_full, self._num_steps - 1, carry.num_filled)
-        asked = np.asarray(return_to_go, np.float32)
+        asked = np.asarray(return_to_go, np.float64)
         fields = {name: _shifted(values, is_full) for name, values in carry.window._asdict().items()}
         rows = np.arange(len(last))
         now = {"observation": observation, "return_to_go": asked, "step": carry.step, "segment_ids": 1}
@@ -118,7 +124,7 @@ class WindowedPolicy:
         self, carry: WindowedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
     ) -> WindowedCarry:
         """Returns the carry after a step's reward; an episode's end empties its window."""
-        reached = carry.return_to_go - reward <= 1e-4 * self._normalizer.return_scale
+        reached = reaches(-carry.return_to_go + reward, 0.0, self._normalizer.return_scale)
         if self._completion == "per_episode":
             reached &= done
         fields = {name: values.copy() for name, values in carry.window._asdict().items()}

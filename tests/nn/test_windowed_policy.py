@@ -91,5 +91,14 @@ def test_drawing_from_a_deterministic_head_is_refused():
 
 
 def test_a_chain_of_windows_is_refused():
-    with pytest.raises(ValueError, match="got window 3 and num_trajectories 2. Set window to 0"):
+    with pytest.raises(ValueError, match=r"got window 3 and num_trajectories 2\. Set window to 0"):
         make_agent(config_of(agent="at", num_trajectories=2), STATISTICS)
+
+
+def test_an_episode_longer_than_any_of_the_data_is_refused():
+    agent = make_agent(config_of(), STATISTICS)
+    policy = agent.policy(agent.init(jax.random.key(1)))
+    carry = policy.start(NUM_ENVIRONMENTS)
+    carry = carry._replace(step=np.full(NUM_ENVIRONMENTS, EPISODE_STEPS, np.int32))
+    with pytest.raises(ValueError, match=f"up to {EPISODE_STEPS} steps; got step {EPISODE_STEPS + 1}"):
+        policy.act(carry, np.zeros((NUM_ENVIRONMENTS, 2), np.float32), np.ones(NUM_ENVIRONMENTS))
