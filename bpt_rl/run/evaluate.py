@@ -1,5 +1,6 @@
 """Evaluation in DMC: chains of episodes in one context, beside the controls that give them a meaning."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -64,37 +65,25 @@ def evaluate(
         raise ValueError(
             f"num_episodes and num_chains must be positive; got {num_episodes} and {num_chains}. Use at least 1."
         )
-    if environments is None:
-        made = make_vector(task, num_chains, seed, action_repeat)
-        try:
-            return evaluate(
-                policy,
-                task,
-                num_episodes,
-                num_chains,
-                seed=seed,
-                target_return=target_return,
-                action_repeat=action_repeat,
-                context=context,
-                environments=made,
-                report_progress=report_progress,
-            )
-        finally:
-            made.close()
     began = time.perf_counter()
     returns = np.zeros((num_chains, num_episodes))
     num_steps = np.zeros((num_chains, num_episodes), np.int64)
     finished = np.zeros(num_chains, np.int64)
-    for transition in rollout(policy, environments, seed, target_return):
-        is_counted = finished < num_episodes
-        chains = np.flatnonzero(is_counted)
-        returns[chains, finished[chains]] += transition.reward[chains]
-        num_steps[chains, finished[chains]] += 1
-        finished[is_counted & transition.done] += 1
-        if report_progress and transition.done.any():
-            report_progress(context, int(finished.min()), num_episodes)
-        if (finished == num_episodes).all():
-            break
+    with contextlib.ExitStack() as stack:
+        if environments is None:
+            environments = stack.enter_context(
+                contextlib.closing(make_vector(task, num_chains, seed, action_repeat))
+            )
+        for transition in rollout(policy, environments, seed, target_return):
+            is_counted = finished < num_episodes
+            chains = np.flatnonzero(is_counted)
+            returns[chains, finished[chains]] += transition.reward[chains]
+            num_steps[chains, finished[chains]] += 1
+            finished[is_counted & transition.done] += 1
+            if report_progress and transition.done.any():
+                report_progress(context, int(finished.min()), num_episodes)
+            if (finished == num_episodes).all():
+                break
     return EpisodeLog(
         returns=returns,
         num_steps=num_steps,
@@ -183,10 +172,12 @@ def evaluate_run(
         )
     if config.random:
         policies["random"] = RandomPolicy(statistics.action_dim, config.seed)
-    made = environments or make_vector(
-        statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        if environments is None:
+            made = make_vector(
+                statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
+            )
+            environments = stack.enter_context(contextlib.closing(made))
         logs = {
             context: evaluate(
                 policy,
@@ -197,14 +188,11 @@ def evaluate_run(
                 target_return=math.nan if context == "random" or trained.agent == "bc" else target,
                 action_repeat=statistics.action_repeat,
                 context=context,
-                environments=made,
+                environments=environments,
                 report_progress=report_progress,
             )
             for context, policy in policies.items()
         }
-    finally:
-        if environments is None:
-            made.close()
     record = {
         "schema": SCHEMA,
         "agent": trained.agent,
