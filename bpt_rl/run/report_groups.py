@@ -61,10 +61,15 @@ class Group:
 
     @property
     def subtitle(self) -> str:
-        """Trajectories a chain and what else sets the group apart."""
-        count = self.config.data.num_trajectories
-        trajectories = f"{count} {'trajectory' if count == 1 else 'trajectories'}"
-        return f"{trajectories}, {self.note}" if self.note else trajectories
+        """What the agent was shown, and what else sets the group apart."""
+        data = self.config.data
+        if self.config.agent == "bc":
+            seen = (
+                f"best {data.top_fraction:.0%} of the episodes" if data.top_fraction < 1 else "all episodes"
+            )
+        else:
+            seen = f"{data.num_trajectories} {'trajectory' if data.num_trajectories == 1 else 'trajectories'}"
+        return f"{seen}, {self.note}" if self.note else seen
 
     @property
     def title(self) -> str:
@@ -74,8 +79,13 @@ class Group:
     @property
     def short_title(self) -> str:
         """The title for a legend."""
-        parts = [f"{self.config.agent.upper()} n={self.config.data.num_trajectories}", self.note]
-        return ", ".join(part for part in parts if part)
+        name = self.config.agent.upper()
+        data = self.config.data
+        if self.config.agent == "bc":
+            name = name if data.top_fraction == 1 else f"{name}-{data.top_fraction:.0%}"
+        else:
+            name = f"{name} n={data.num_trajectories}"
+        return f"{name}, {self.note}" if self.note else name
 
     @functools.cached_property
     def evaluation(self) -> Mapping[str, Any]:

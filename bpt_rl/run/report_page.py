@@ -75,7 +75,7 @@ def results(groups: Sequence[Group]) -> str:
         for name, what in _COLUMNS.values()
     )
     rows = "".join(_group_rows(group) for group in groups)
-    reference = groups[0]
+    reference = report_verdict.subject(groups)
     random = {name: report_verdict.number(reference, name, "random") for name in _COLUMNS}
     if any(random.values()):
         rows += f"<tbody>{_row('Random policy', 'uniform actions, no training', random)}</tbody>"
