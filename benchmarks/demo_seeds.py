@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bpt_rl.run import protocols
-from bpt_rl.run.records import RunFolder, log_from_json, versions, write_atomically, write_json
+from bpt_rl.run.records import RunFolder, log_from_json, write_atomically, write_json
 
 AGENTS = {
     "AT, 4 trajectories": "at_n4_seed{seed}",
@@ -56,7 +56,15 @@ def read_seed(seed: int, folder: Path) -> dict[str, Any]:
             sample = {"chains": record["num_chains"], "episodes a chain": record["num_episodes"]}
     last = rows["AT, 4 trajectories"]["last"]["value"]
     bar = max(2 * rows["uniform random"]["mean"]["value"], rows["data"]["mean"]["value"])
-    return {"seed": seed, "sample": sample, "returns": rows, "bar": bar, "meets_bar": last > bar}
+    trained = RunFolder(folder / AGENTS["AT, 4 trajectories"].format(seed=seed)).versions()
+    return {
+        "seed": seed,
+        "sample": sample,
+        "returns": rows,
+        "bar": bar,
+        "meets_bar": last > bar,
+        "versions": trained,
+    }
 
 
 def estimate(name: str, log: Any) -> dict[str, float]:
@@ -98,7 +106,7 @@ def main() -> int:
         seconds = run_seed(seed, folder)
         results.append(read_seed(seed, folder) | ({"seconds": round(seconds)} if seconds else {}))
     command = f"python benchmarks/demo_seeds.py --seeds {' '.join(map(str, options.seeds))}"
-    write_json(options.out / "demo_seeds.json", {"command": command, "seeds": results, **versions()})
+    write_json(options.out / "demo_seeds.json", {"command": command, "seeds": results})
     write_atomically(options.out / "demo_seeds.md", table(results))
     print(table(results))
     return 0 if all(result["meets_bar"] for result in results) else 1

@@ -42,8 +42,10 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
     Raises:
       FileNotFoundError: If there are no episodes.
       ValueError: If tasks, domain, episodes and action repeat do not fit together.
+      ImportError: If MuJoCo's version does not fit.
       OSError: If the store cannot be written. As after any error, nothing new is then left on disk.
     """
+    tasks.require_mujoco()
     domain, task_names = domain_and_tasks(config)
     names = [name for source in config.source for name in exorl.list_episodes(source)]
     names = names[: config.max_episodes or len(names)]
