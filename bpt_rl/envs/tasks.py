@@ -13,7 +13,10 @@ from typing import Any
 import dm_env
 import numpy as np
 from dm_env import specs
+from gymnasium.vector import VectorEnv
 from jaxtyping import Float
+
+from bpt_rl.envs import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,40 @@ def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
 
         environment = suite.load(domain, task.removeprefix(f"{domain}_"), task_kwargs={"random": seed})
     return Environment(action_scale.Wrapper(environment, minimum=-1.0, maximum=1.0), action_repeat)
+
+
+def make_vector(
+    task: str, num_environments: int, seed: int, action_repeat: int = 1, num_workers: int = 0
+) -> VectorEnv[Any, Any, Any]:
+    """Returns N environments of a task that step together.
+
+    Observations are float32 [N, O], rewards float64 [N]. An episode ends by truncation; that step already
+    returns the first observation of the next one, and `infos["final_obs"]` holds the last of the old.
+
+    Args:
+      task: Like "walker_run".
+      num_environments: N.
+      seed: Environment i draws its start states from (seed, i) alone, however the N are grouped.
+      action_repeat: Control steps an action is held for.
+      num_workers: Simulator processes; 0 means one a core, and there are never more than environments.
+
+    Raises:
+      ValueError: If the task is unknown or a number is out of range.
+      ImportError: If MuJoCo is of a version that dm_control cannot work with.
+      RuntimeError: If a simulator process fails to start.
+    """
+    # It imports this module.
+    from bpt_rl.envs.vector import DMCVectorEnv
+
+    domain_of(task)
+    require_mujoco()
+    if num_environments < 1 or action_repeat < 1:
+        raise ValueError(
+            "num_environments and action_repeat must be at least 1; got "
+            f"{num_environments} and {action_repeat}. 1 environment with action_repeat 1 is the least."
+        )
+    num_workers = processes.num_processes(num_workers, num_environments)
+    return DMCVectorEnv(task, num_environments, seed, action_repeat=action_repeat, num_workers=num_workers)
 
 
 def physics_state(environment: Environment) -> Float[np.ndarray, "P"]:

@@ -8,7 +8,7 @@ from gymnasium.vector import VectorEnv
 
 from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
-from bpt_rl.envs.vector import make_vector
+from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.ablate import ablate
 from bpt_rl.run.collect import collect
 from bpt_rl.run.console import Advance, Stages

@@ -17,7 +17,7 @@ from bpt_rl.agents.base import Agent, Params, Policy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import EvaluateConfig, TrainConfig
-from bpt_rl.envs.vector import make_vector
+from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run import protocols, records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.render import render_episode

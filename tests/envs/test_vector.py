@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from bpt_rl.envs import tasks
-from bpt_rl.envs.vector import make_vector
+from bpt_rl.envs.tasks import make_vector
 
 
 def play(num_workers, num_steps=6, num_environments=3, action_repeat=250):
@@ -147,7 +147,7 @@ def test_actions_that_do_not_fit_are_refused_and_nothing_is_lost(balance):
 
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("from bpt_rl.envs.vector import make_vector\nmake_vector('cartpole_balance', 1, 0)\n")
+    script.write_text("from bpt_rl.envs.tasks import make_vector\nmake_vector('cartpole_balance', 1, 0)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

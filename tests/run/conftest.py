@@ -9,7 +9,7 @@ import pytest
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import BuildConfig, CollectConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
-from bpt_rl.envs.vector import make_vector
+from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.collect import collect
 from bpt_rl.run.train import init_state, make_optimizer, train
