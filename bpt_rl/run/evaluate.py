@@ -37,7 +37,7 @@ def evaluate(
     num_episodes: int,
     num_chains: int,
     *,
-    seed: int,
+    seed: int = 0,
     target_return: float = math.nan,
     action_repeat: int = 1,
     context: str = "chain",
