@@ -1,5 +1,9 @@
 """Checkpoints of a run, by Orbax: written aside and renamed, so that a kill leaves the previous one usable."""
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,8 +43,9 @@ class Checkpoints:
         return step
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a pytree of arrays; returns when it is complete on disk."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Saves a pytree of arrays; returns when it is complete on disk. Ctrl-C waits for that."""
+        with _uninterrupted():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, template: Any) -> Any:
         """Returns the pytree saved at a step.
@@ -75,6 +80,22 @@ class Checkpoints:
                     f"{expected.get(name, 'absent')} in the configuration. Use the run's own config.toml, or "
                     "another run folder."
                 )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end: Orbax's threads do not take it well halfway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread receives signals.
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -108,3 +108,24 @@ def test_kill_9_while_saving_leaves_the_checkpoint_before_and_the_same_result(
     assert_same_bits(read_state(folder), expected)
     assert [line["step"] for line in folder.metrics()] == list(range(1, 13))
     assert not list(checkpoints.glob(f"*{TEMPORARY}*"))
+
+
+def test_ctrl_c_while_saving_waits_until_the_checkpoint_is_complete(tmp_path):
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import os, signal, sys, threading, pathlib, numpy as np\n"
+        "from bpt_rl.run.checkpoint import Checkpoints\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "def interrupt():\n"
+        "    while not list(folder.glob('*orbax-checkpoint-tmp*')): pass\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "with Checkpoints(folder) as saved:\n"
+        "    threading.Thread(target=interrupt, daemon=True).start()\n"
+        "    try:\n"
+        "        saved.save(1, {'a': np.ones((500, 500), np.float32)})\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', saved.latest_step)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted 1"), done.stderr
