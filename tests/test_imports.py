@@ -16,6 +16,8 @@ ROOMS = {
     "nn": 3,
     "agents": 4,
     "run": 5,
+    "command": 6,
+    "data_verbs": 6,
     "cli": 6,
     "__main__": 6,
 }
