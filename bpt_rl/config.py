@@ -6,6 +6,7 @@ from typing import Literal
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Algorithm = Literal["random", "ornstein_uhlenbeck"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
+Place = Literal["auto", "accelerator", "host", "stream"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -99,6 +100,8 @@ class DataConfig:
     """Chains a batch, before packing."""
     context_length: int = 0
     """Tokens a row of the packed batch; 0 for exactly one chain of the longest trajectories."""
+    place: Place = "auto"
+    """Where episodes are kept: on the accelerator, in host memory, or in the store and streamed; auto goes by size."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_trajectories", "batch_size")
