@@ -1,6 +1,7 @@
 """Frozen configuration dataclasses; `config_toml` reads and writes them, the command line overrides them."""
 
 import dataclasses
+import os
 from typing import Literal
 
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
@@ -225,6 +226,26 @@ class CollectConfig:
         _not_negative(self, "num_workers", "seed")
         if not 0 < self.noise_decay <= 1:
             raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is white noise.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """Fetching one of ExoRL's zips."""
+
+    out: str = "data/exorl"
+    """Folder that receives {domain}/{collector}.zip."""
+    mirror: str = dataclasses.field(default_factory=lambda: os.environ.get("BPT_RL_EXORL_MIRROR", ""))
+    """URL of a folder with {domain}/{collector}.zip, http or https; $BPT_RL_EXORL_MIRROR if set, else ExoRL's own."""
+    num_tries: int = 6
+    """Failed tries in a row before it gives up; one that brought new bytes starts the count anew."""
+    first_wait: float = 1.0
+    """Seconds before the second try; doubled for each after it, unless the server names a time."""
+    timeout: float = 30.0
+    """Seconds without a byte after which a try has failed."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_tries", "timeout")
+        _not_negative(self, "first_wait")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
