@@ -28,9 +28,9 @@ class Domain:
     physics_dim: int
     """Numbers of `physics.get_state()`: qpos, qvel and, for the quadruped, actuator activations."""
     tasks: tuple[str, ...]
-    """Full names, domain first."""
+    """Full names, domain first; those of the suite stand before those that ExoRL and URLB add."""
     episode_steps: int = 1000
-    """Control steps of an episode; no stock task ends earlier."""
+    """Control steps of an episode; no task ends earlier."""
 
 
 DOMAINS: Mapping[str, Domain] = {
@@ -41,11 +41,45 @@ DOMAINS: Mapping[str, Domain] = {
         tasks=("cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cartpole_swingup_sparse"),
     ),
     "walker": Domain(
-        observation_dim=24, action_dim=6, physics_dim=18, tasks=("walker_stand", "walker_walk", "walker_run")
+        observation_dim=24,
+        action_dim=6,
+        physics_dim=18,
+        tasks=("walker_stand", "walker_walk", "walker_run", "walker_flip"),
     ),
-    "cheetah": Domain(observation_dim=17, action_dim=6, physics_dim=18, tasks=("cheetah_run",)),
+    "cheetah": Domain(
+        observation_dim=17,
+        action_dim=6,
+        physics_dim=18,
+        tasks=("cheetah_run", "cheetah_run_backward", "cheetah_flip", "cheetah_flip_backward"),
+    ),
     "quadruped": Domain(
-        observation_dim=78, action_dim=12, physics_dim=57, tasks=("quadruped_walk", "quadruped_run")
+        observation_dim=78,
+        action_dim=12,
+        physics_dim=57,
+        tasks=("quadruped_walk", "quadruped_run", "quadruped_stand", "quadruped_jump"),
+    ),
+    "point_mass_maze": Domain(
+        observation_dim=4,
+        action_dim=2,
+        physics_dim=4,
+        tasks=(
+            "point_mass_maze_reach_top_left",
+            "point_mass_maze_reach_top_right",
+            "point_mass_maze_reach_bottom_left",
+            "point_mass_maze_reach_bottom_right",
+        ),
+    ),
+    "jaco": Domain(
+        observation_dim=42,
+        action_dim=9,
+        physics_dim=18,
+        tasks=(
+            "jaco_reach_top_left",
+            "jaco_reach_top_right",
+            "jaco_reach_bottom_left",
+            "jaco_reach_bottom_right",
+        ),
+        episode_steps=250,
     ),
 }
 
@@ -81,7 +115,7 @@ def _nearest(name: str, known: Any) -> str:
 
 
 class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries no types
-    """A suite environment with a flat observation, which holds each action for some control steps.
+    """A simulated task with a flat observation, which holds each action for some control steps.
 
     Rewards of the held steps are added. An episode that ends in between ends the step.
     """
@@ -93,12 +127,12 @@ class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries n
 
     @property
     def physics(self) -> Any:
-        """The simulator: a `dm_control.mujoco.Physics`."""
+        """The simulator: a `dm_control.mujoco.Physics`. Ask anew after a reset, which may replace it."""
         return self._environment.physics
 
     @property
     def task(self) -> Any:
-        """The reward and start states: a `dm_control.suite.base.Task`."""
+        """The reward and start states: a `dm_control.suite.base.Task`, or `dm_control.composer.Task` for jaco."""
         return self._environment.task
 
     def seed(self, seed: int) -> None:
@@ -132,6 +166,10 @@ class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries n
                 break
         return _flatten(time_step)._replace(reward=reward, discount=discount)
 
+    def reward(self) -> float:
+        """Returns the reward of the simulator's present state and control, as one control step gives it."""
+        return float(self.task.get_reward(self.physics))
+
     def observation_spec(self) -> specs.Array:
         """Returns the specification of the flat observation."""
         size = sum(int(np.prod(spec.shape)) for spec in self._environment.observation_spec().values())
@@ -144,7 +182,8 @@ class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries n
 
     def close(self) -> None:
         """Frees the simulator."""
-        self._environment.close()
+        # dm_control's action_scale wrapper does not pass `close` on.
+        self.physics.free()
 
 
 def _flatten(time_step: dm_env.TimeStep) -> dm_env.TimeStep:
@@ -177,11 +216,30 @@ def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
         raise ValueError(f"seed must lie in [0, 2**32); got {seed}. Choose a smaller number.")
     require_mujoco()
     with _quiet():
-        from dm_control import suite
         from dm_control.suite.wrappers import action_scale
 
-        environment = suite.load(domain, task.removeprefix(f"{domain}_"), task_kwargs={"random": seed})
+        environment = _load(domain, task, seed)
     return Environment(action_scale.Wrapper(environment, minimum=-1.0, maximum=1.0), action_repeat)
+
+
+def _load(domain: str, task: str, seed: int) -> Any:
+    # dm_control takes most of a second to import, so that each module with a simulator waits until here.
+    name = task.removeprefix(f"{domain}_")
+    if domain == "jaco":
+        from bpt_rl.envs import jaco
+
+        return jaco.load(name, seed)
+    if domain == "point_mass_maze":
+        from bpt_rl.envs import point_mass_maze
+
+        return point_mass_maze.load(name, seed)
+    from bpt_rl.envs import custom_tasks
+
+    if task in custom_tasks.TASKS:
+        return custom_tasks.load(task, seed)
+    from dm_control import suite
+
+    return suite.load(domain, name, task_kwargs={"random": seed})
 
 
 def make_vector(
