@@ -52,7 +52,7 @@ def whole_file(path: Path) -> Iterator[PatientFile]:
         nothing is left beside it.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = PatientFile(temporary, "w+")
     try:
@@ -61,19 +61,20 @@ def whole_file(path: Path) -> Iterator[PatientFile]:
                 yield file
             finally:
                 # A failed write is the cause of whatever else went wrong.
-                with _explained(path):
+                with explained(path):
                     file.check()
-            with _explained(path):
+            with explained(path):
                 os.fsync(file.fileno())
-        with _explained(path):
+        with explained(path):
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Says of an error in the block that `path` could not be written whole."""
     try:
         yield
     except OSError as error:
@@ -83,7 +84,8 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes sure that the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
