@@ -10,9 +10,9 @@ from pathlib import Path
 
 from bpt_rl.config import DownloadConfig
 from bpt_rl.datasets.catalogue import HOST, Archive
+from bpt_rl.datasets.checksums import Verification
 from bpt_rl.datasets.partial_file import PartialFile, open_partial
 from bpt_rl.datasets.remote_file import PIECE, InterruptedTransferError, Version, ask, check_url, open_from
-from bpt_rl.datasets.checksums import Verification
 
 Report = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all (0 while unknown) and a note to show."""
