@@ -1,5 +1,6 @@
 """The verbs about data: `bpt-rl data ...`."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,39 @@ def _collect(call: Call) -> None:
     with Stages(1) as stages, stages.stage(f"collect {config.task}") as advance:
         folder = collect(config, advance)
     print(f"Episodes: {folder}")
+
+
+def _list(call: Call) -> None:
+    domains = list(itertools.takewhile(lambda argument: not argument.startswith("-"), call.arguments))
+    parse(Nothing, call, call.arguments[len(domains) :])
+    from bpt_rl.datasets import catalogue
+
+    print(catalogue.describe(domains))
+
+
+def _download(call: Call) -> None:
+    names, options = split(call, "a domain and a collector, as `bpt-rl data list` shows them")
+    config = parse(config_lib.DownloadConfig, call, options)
+    if len(names) != 2:
+        raise ValueError(
+            f"`bpt-rl {call.name}` needs one domain and one collector, as `bpt-rl data list` shows them; got "
+            f"{' '.join(names)}. Example: {call.verb.example}"
+        )
+    from bpt_rl.datasets import catalogue
+    from bpt_rl.datasets.download import download
+    from bpt_rl.run.console import Stages
+
+    archive = catalogue.find(*names)
+    with Stages(1) as stages, stages.stage(f"download {archive.name} (MB)") as advance:
+
+        def report(done: int, total: int, note: str) -> None:
+            advance(done // 10**6, total // 10**6, note=note)
+
+        done = download(archive, config, report)
+    print(f"Archive: {done.path}{'' if done.is_new else ' (it was there already)'}")
+    print(f"{done.num_bytes:,} bytes, SHA-256 {done.sha256}: {done.verification}.")
+    if not done.is_verified:
+        print(f"`bpt-rl data verify {done.path}` can still tell whether every episode is readable.")
 
 
 def _build(call: Call) -> None:
@@ -53,6 +87,18 @@ def _verify(call: Call) -> None:
 
 
 DATA_VERBS: Mapping[str, Verb] = {
+    "data list": Verb(
+        _list,
+        "Show ExoRL's domains and the zips of their episodes.",
+        "[DOMAIN...]",
+        "bpt-rl data list walker cheetah",
+    ),
+    "data download": Verb(
+        _download,
+        "Fetch and verify one of ExoRL's zips; the same command goes on after an interruption.",
+        "DOMAIN COLLECTOR [options]",
+        "bpt-rl data download walker rnd --out data/exorl",
+    ),
     "data collect": Verb(
         _collect,
         "Explore and record episodes in ExoRL's layout.",
