@@ -16,7 +16,7 @@ KEYS = ("observation", "action", "reward", "discount", "physics")
 LARGEST_EPISODE = 256 * 2**20
 """Bytes of an episode's file, and of its arrays; ExoRL's have up to 1 MiB."""
 
-_NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d+)_(\d+)\.npz", re.ASCII)
+_NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d{1,18})_(\d{1,18})\.npz", re.ASCII)
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
@@ -35,11 +35,20 @@ def parse_episode(content: bytes, name: str) -> Trajectory:
     Raises:
       ValueError: If the file is damaged or breaks the layout; the message calls it `name`.
     """
+    check_size(len(content), name)
     arrays = npz.read_arrays(content, name, largest=LARGEST_EPISODE)
     check_arrays(arrays, name)
     extras = {key: values for key, values in arrays.items() if key not in KEYS}
     columns: dict[str, Any] = {key: arrays[key].astype(np.float32, copy=False) for key in KEYS[:-1]}
     return Trajectory(**columns, physics=arrays["physics"], extras=extras)
+
+
+def check_size(size: int, name: str) -> None:
+    """Raises ValueError if a file so called has too many bytes for an episode."""
+    if size > LARGEST_EPISODE:
+        raise ValueError(
+            f"An episode must have at most {LARGEST_EPISODE} bytes; {name} has {size}. Leave this file out."
+        )
 
 
 def check_arrays(arrays: Mapping[str, Shaped[np.ndarray, "..."]], name: str) -> None:

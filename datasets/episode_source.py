@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bpt_rl.datasets import zip_directory
-from bpt_rl.datasets.episode_layout import LARGEST_EPISODE, parse_episode, parse_name
+from bpt_rl.datasets.episode_layout import check_size, parse_episode, parse_name
 from bpt_rl.types import Trajectory
 
 
@@ -35,7 +35,7 @@ class _Folder:
                 if not stat.S_ISREG(status.st_mode):
                     raise ValueError(_no_plain_file(entry.path))
                 if parse_name(entry.name):
-                    _check_size(status.st_size, entry.path)
+                    check_size(status.st_size, entry.path)
                     marks[f"{inner}/{entry.name}".lstrip("/")] = (status.st_size, status.st_mtime_ns)
         return marks
 
@@ -71,12 +71,17 @@ class _Zip:
                 continue
             if name not in self.marks:
                 raise zipfile.BadZipFile(f"{name!r} lies among episodes but has no episode's name")
-            _check_size(max(member.size, member.compressed_size), f"{self._path}/{name}")
+            check_size(max(member.size, member.compressed_size), f"{self._path}/{name}")
 
     def _read_at(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
+        try:
+            return os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def read(self, name: str) -> bytes:
+        if self._file.closed:
+            raise ValueError(f"A source must be open to be read; {self._path} is closed. Open it again.")
         try:
             return zip_directory.read_member(self._read_at, self._members[name])
         except zipfile.BadZipFile as error:
@@ -172,21 +177,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
     Raises:
       FileNotFoundError: If there is none, or no plain file: opening a pipe would wait for ever.
-      ValueError: If it is larger than `LARGEST_EPISODE`.
+      ValueError: If it is larger than `episode_layout.LARGEST_EPISODE`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"An episode must be an npz file; there is none at {path}. Check the path.")
     with Path(path).open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        _check_size(size, str(path))
+        check_size(size, str(path))
         return file.read(size)
-
-
-def _check_size(size: int, name: str) -> None:
-    if size > LARGEST_EPISODE:
-        raise ValueError(
-            f"An episode must have at most {LARGEST_EPISODE} bytes; {name} declares {size}. Leave this file out."
-        )
 
 
 def _no_plain_file(path: str) -> str:

@@ -47,7 +47,7 @@ def read_episode(path: str | os.PathLike[str] | BinaryFile) -> Trajectory:
     """
     if isinstance(path, str | os.PathLike):
         return parse_episode(read_file(path), str(path))
-    return parse_episode(path.read(LARGEST_EPISODE), str(getattr(path, "name", "the opened file")))
+    return parse_episode(path.read(LARGEST_EPISODE + 1), str(getattr(path, "name", "the opened file")))
 
 
 def write_episode(path: str | os.PathLike[str], trajectory: Trajectory) -> None:
