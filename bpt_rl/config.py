@@ -256,21 +256,21 @@ class BuildConfig:
     """Folders or zips of episodes, all of one domain, read one after another."""
     out: str = "data/store.h5"
     tasks: tuple[str, ...] = ()
-    """Tasks to relabel; none means every stock task of the domain."""
+    """Tasks to relabel; none means every named task of the domain."""
     domain: str = ""
     """Needed only if no task is named and the folder's path does not say the domain."""
     action_repeat: int = 1
     """Control steps an agent's action spans: rows are merged, rewards added; it must be constant there."""
     subset: str = "full"
-    """Name of the subset; it travels to every result."""
-    max_episodes: int = 0
-    """First episodes in order of source and index; 0 for all."""
+    """Which episodes: full, first-1M (steps), first-5k (episodes), stratified-1M (steps, spread evenly over the
+    ranking by return under the first task), any first-N-steps, first-N-episodes, stratified-N-steps,
+    stratified-N-episodes, or list:FILE with one file name a line. The name travels to every result."""
     num_workers: int = 0
     """Relabelling processes; 0 means one a core."""
 
     def __post_init__(self) -> None:
         _positive(self, "action_repeat")
-        _not_negative(self, "max_episodes", "num_workers")
+        _not_negative(self, "num_workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

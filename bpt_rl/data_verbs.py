@@ -1,7 +1,9 @@
 """The verbs about data: `bpt-rl data ...`."""
 
+import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,26 +66,54 @@ def _build(call: Call) -> None:
 
 def _info(call: Call) -> None:
     paths, options = split(call, "the path of a store")
-    parse(Nothing, call, options)
-    from bpt_rl.datasets.store import describe
+    config = parse(InfoOptions, call, options)
+    from bpt_rl.datasets.description import describe
+    from bpt_rl.run.data_plots import plot_store
 
-    for path in paths:
+    for path in map(Path, paths):
         print(json.dumps(describe(path), indent=1))
+        if config.plot:
+            print(f"Plot: {plot_store(path, path.with_suffix('.png'))}", file=sys.stderr)
 
 
 def _verify(call: Call) -> None:
     paths, options = split(call, "the path of a store, or of a folder or zip of episodes")
-    parse(Nothing, call, options)
-    from bpt_rl.datasets import exorl
-    from bpt_rl.datasets.store import verify
+    config = parse(VerifyOptions, call, options)
+    from bpt_rl.datasets.build import domain_and_tasks
+    from bpt_rl.datasets.verification import verify_episodes, verify_store
+    from bpt_rl.run.console import Stages
 
-    for path in paths:
-        if Path(path).is_dir() or path.endswith(".zip"):
-            count = sum(1 for _ in exorl.iterate_episodes(path))
-            print(f"{path}: {count} episodes, every array readable, finite and of the right shape.")
-        else:
-            verify(path)
-            print(f"{path}: every byte matches its digest.")
+    workers = {"num_workers": config.num_workers}
+    with Stages(len(paths)) as stages:
+        for path in paths:
+            with stages.stage(f"verify {path}") as advance:
+                if Path(path).is_dir() or path.endswith(".zip"):
+                    build = config_lib.BuildConfig(source=(path,), domain=config.domain)
+                    domain, _ = domain_and_tasks(build)
+                    count = verify_episodes(path, domain, report_progress=advance, **workers)
+                    said = f"readable, finite, and each {domain} observation that of its state"
+                else:
+                    count = verify_store(path, report_progress=advance, **workers)
+                    said = "every byte matches its digest, and each observation is that of its state"
+            print(f"{path}: {count} episodes, {said}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """Options of `bpt-rl data info`."""
+
+    plot: bool = True
+    """Also draw the returns of each task and the states visited, as a PNG beside the store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Options of `bpt-rl data verify`."""
+
+    domain: str = ""
+    """Simulated body of a folder or zip of episodes, if its path does not say it."""
+    num_workers: int = 0
+    """Checking processes; 0 means one a core."""
 
 
 DATA_VERBS: Mapping[str, Verb] = {
@@ -111,10 +141,15 @@ DATA_VERBS: Mapping[str, Verb] = {
         "[options]",
         "bpt-rl data build --source data/exorl/walker/rnd --tasks walker_run --out data/walker.h5",
     ),
-    "data info": Verb(_info, "Describe a store.", "STORE", "bpt-rl data info data/walker.h5"),
+    "data info": Verb(
+        _info,
+        "Describe a store, and draw its returns and states.",
+        "STORE",
+        "bpt-rl data info data/walker.h5",
+    ),
     "data verify": Verb(
         _verify,
-        "Check every byte of a store, or every episode of a folder or zip.",
+        "Check every byte of a store, or every episode of a folder or zip, alignment included.",
         "PATH",
         "bpt-rl data verify data/walker.h5",
     ),

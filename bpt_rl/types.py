@@ -5,6 +5,7 @@ Axis letters, used in every annotation and as suffixes inside maths:
   D  embedding                             H  query heads         K  one head
   N  trajectories of a chain               O  observation         A  action
   P  physics (qpos, qvel)                  R  stored reward columns
+  F  physical features                     E  episodes of a store
 
 `T1` stands for T+1: ExoRL's row 0 is the dummy reset row (zero action, zero reward), and transition
 t = 1..T is (observation[t-1], action[t], reward[t], discount[t], observation[t]).
@@ -37,6 +38,8 @@ class Trajectory:
     discount: Float[np.ndarray, "T1 1"]
     physics: Float[np.ndarray, "T1 P"]
     """float64 (qpos, qvel) that goes with observation[t]."""
+    features: Float[np.ndarray, "T1 F"] | None = None
+    """float64 physical features (`bpt_rl.envs.features`) of each state; None for an episode read from an npz file."""
     task_reward: Mapping[str, Float[np.ndarray, "T1"]] = dataclasses.field(default_factory=dict)
     """Relabelled reward by task, 0 in row 0. Empty for an episode read from an npz file."""
     extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -94,6 +97,8 @@ class DataStatistics:
     """Folder or archive the episodes came from."""
     subset: str
     """Name of the subset of the source."""
+    subset_digest: str
+    """SHA-256 of the names of its episodes."""
     digest: str
     """Store digest."""
 

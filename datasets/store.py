@@ -1,16 +1,11 @@
-"""The HDF5 store: relabelled episodes of one domain, collector and subset, read one at a time.
+"""The HDF5 store: relabelled episodes of one domain, collector and subset, read a few at a time.
 
-`bpt_rl.datasets.build` writes it. Axes: E episodes, T1 rows of the longest; shorter ones are
-padded with zeros.
-  observation [E, T1, O] f4     discount [E, T1, 1] f4        reward/<task> [E, T1] f4
-  action [E, T1, A] f4          stored_reward [E, T1, R] f4   return/<task> [E] f4
-  physics [E, T1, P] f8         length [E] i8 (steps)         digest [E] (SHA-256, hexadecimal)
+`bpt_rl.datasets.build` writes it; `bpt_rl.datasets.store_format` says what it consists of.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,24 +14,24 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from bpt_rl.datasets.store_format import (
+    COLUMNS,
+    FORMAT_VERSION,
+    attributes_digest,
+)
+from bpt_rl.envs import reward_functions, rewards
 from bpt_rl.types import DataStatistics, Trajectory
 
-FORMAT_VERSION = 1
-SMALLEST_STD = 1e-3
-"""Floor of an observation's standard deviation: division must not blow up an entry that never moved."""
-
-_COLUMNS: Mapping[str, str] = {
-    "observation": "observation",
-    "action": "action",
-    "stored_reward": "reward",
-    "discount": "discount",
-    "physics": "physics",
-}
-"""Field of `Trajectory` that each dataset holds, in the order of the digest."""
+BLOCK_EPISODES = 64
+"""Episodes that a pass over a whole store reads at a time."""
 
 
 class Store:
-    """An open store. Reads from the file at each call, so that it may be far larger than memory."""
+    """An open store. Reads from the file at each call, so that it may be far larger than memory.
+
+    Rewards of the tasks it was built with are stored. Those of every other task of its domain that has a
+    formula over physical features (`bpt_rl.envs.reward_functions`) are computed as they are read.
+    """
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file = file
@@ -80,8 +75,8 @@ class Store:
             return f"has format version {version} and not {FORMAT_VERSION}"
         if attributes_digest(self._file.attrs) != self._text("attributes_digest"):
             return "has attributes that do not match their digest"
-        rewards = [f"{kind}/{task}" for task in self.tasks for kind in ("reward", "return")]
-        names = [*_COLUMNS, *rewards, "length", "digest"]
+        stored = [f"{kind}/{task}" for task in self.tasks for kind in ("reward", "return")]
+        names = [*COLUMNS, *stored, "length", "name", "digest"]
         counts = {len(self._file[name]) for name in names}
         rows = {self._file[name].shape[1] for name in names if self._file[name].ndim > 1}
         if len(counts) != 1 or rows != {int(self.lengths.max()) + 1}:
@@ -160,6 +155,79 @@ class Store:
         """A."""
         return int(self._file["action"].shape[2])
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Physical features, in the order of their columns."""
+        return tuple(bytes(name).decode() for name in self._file.attrs["features"])
+
+    @property
+    def episode_names(self) -> tuple[str, ...]:
+        """Source and file that each episode came from, like "walker/rnd/episode_000017_1000.npz"."""
+        return tuple(bytes(name).decode("utf-8", "replace") for name in self._file["name"])
+
+    @property
+    def episode_digests(self) -> tuple[str, ...]:
+        """SHA-256 of each episode's arrays."""
+        return tuple(bytes(digest).decode("ascii", "replace") for digest in self._file["digest"])
+
+    @property
+    def subset_digest(self) -> str:
+        """SHA-256 that identifies the subset: the names of its episodes."""
+        return self._text("subset_digest")
+
+    def block(self, names: Sequence[str], start: int, stop: int) -> dict[str, Shaped[np.ndarray, "_ T1 ..."]]:
+        """Returns columns of the episodes from `start` up to `stop`, padded with zeros to T1 rows.
+
+        Args:
+          names: Of `COLUMNS`, or "reward/<task>": float32, computed if the store was built without the task.
+          start: First episode.
+          stop: One behind the last.
+
+        Raises:
+          IndexError: If there are no such episodes.
+          ValueError: If the store can give no reward of the task.
+        """
+        if not 0 <= start <= stop <= self.num_episodes:
+            raise IndexError(
+                f"An episode index must lie in [0, {self.num_episodes}); got {start} to {stop}. Choose others."
+            )
+        return {name: self._column(name, slice(start, stop)) for name in names}
+
+    def _column(self, name: str, episodes: slice) -> Shaped[np.ndarray, "_ T1 ..."]:
+        kind, _, task = name.partition("/")
+        if kind == "reward" and task not in self.tasks:
+            return self._computed_reward(task, episodes)
+        values: np.ndarray = self._file[name][episodes]
+        return values
+
+    def _computed_reward(self, task: str, episodes: slice) -> Float[np.ndarray, "_ T1"]:
+        self.check_task(task)
+        reward = rewards.reward_from_features(
+            task, *(self._file[name][episodes] for name in ("features", "observation", "action"))
+        )
+        is_row = np.arange(reward.shape[1]) <= self.lengths[episodes, None]
+        return np.where(is_row, reward, np.float32(0))
+
+    def check_task(self, task: str) -> None:
+        """Checks that the store can give the reward of a task.
+
+        Raises:
+          ValueError: If the store was built without the task and cannot compute its reward.
+        """
+        if task in self.tasks:
+            return
+        function = reward_functions.find(task)
+        if function is None or function.domain != self.domain:
+            raise ValueError(
+                f"A task must be one the store was built with or one with a formula for {self.domain}; got "
+                f"{task!r}, and {self.path} holds {', '.join(self.tasks)}. Build a store with that task."
+            )
+        if self.action_repeat > 1:
+            raise ValueError(
+                f"Only a store of action_repeat 1 can compute rewards it was not built with; {self.path} has "
+                f"action_repeat {self.action_repeat}, and got {task!r}. Build a store with that task."
+            )
+
     def episode(self, index: int) -> Trajectory:
         """Returns one episode with `task_reward` filled for every stored task.
 
@@ -171,171 +239,53 @@ class Store:
                 f"An episode index must lie in [0, {self.num_episodes}); got {index}. Choose another."
             )
         rows = int(self._file["length"][index]) + 1
-        columns = {field: self._file[name][index, :rows] for name, field in _COLUMNS.items()}
-        rewards = {task: self._file["reward"][task][index, :rows] for task in self.tasks}
-        return Trajectory(**columns, task_reward=rewards)
+        columns = {field: self._file[name][index, :rows] for name, field in COLUMNS.items()}
+        task_reward = {task: self._file["reward"][task][index, :rows] for task in self.tasks}
+        return Trajectory(**columns, task_reward=task_reward)
 
     def returns(self, task: str) -> Float[np.ndarray, "E"]:
-        """Returns the undiscounted return of each episode under `task`, unscaled.
+        """Returns the undiscounted return of each episode under `task`, unscaled, float32.
 
         Raises:
-          ValueError: If the store was built without the task.
+          ValueError: If the store can give no reward of the task.
         """
-        if task not in self.tasks:
-            raise ValueError(
-                f"A task must be one the store was built with; got {task!r}, and {self.path} holds "
-                f"{', '.join(self.tasks)}. Build a store with that task."
-            )
-        returns: np.ndarray = self._file["return"][task][:]
-        return returns
+        if task in self.tasks:
+            stored: np.ndarray = self._file["return"][task][:]
+            return stored
+        self.check_task(task)
+        sums = [
+            block[f"reward/{task}"].sum(axis=1, dtype=np.float64)
+            for block in self.blocks((f"reward/{task}",))
+        ]
+        return np.concatenate(sums).astype(np.float32)
+
+    def blocks(self, names: Sequence[str]) -> Iterator[dict[str, Shaped[np.ndarray, "_ T1 ..."]]]:
+        """Yields the columns of all episodes, `BLOCK_EPISODES` at a time; see `block`."""
+        for start in range(0, self.num_episodes, BLOCK_EPISODES):
+            yield self.block(names, start, min(start + BLOCK_EPISODES, self.num_episodes))
 
     def statistics(self, task: str) -> DataStatistics:
-        """Returns sizes and scales of the data under `task`; reads every observation once.
+        """Returns sizes and scales of the data under `task`.
 
-        Mean and standard deviation are over all rows, the dummy row's observation included, in float64; the
-        deviation is at least `SMALLEST_STD`.
+        Mean and standard deviation are over all rows, the dummy row's observation included.
 
         Raises:
-          ValueError: If the store was built without the task.
+          ValueError: If the store can give no reward of the task.
         """
         returns = np.sort(self.returns(task))
-        count, mean, deviation, largest = (
-            0,
-            np.zeros(self.observation_dim),
-            np.zeros(self.observation_dim),
-            0.0,
-        )
-        for i, length in enumerate(self.lengths):
-            rows = self._file["observation"][i, : length + 1].astype(np.float64)
-            # Chan's update: sums of squares over millions of rows would lose small deviations.
-            shift = rows.mean(axis=0) - mean
-            total = count + len(rows)
-            mean = mean + shift * len(rows) / total
-            deviation = deviation + rows.var(axis=0) * len(rows) + shift**2 * count * len(rows) / total
-            count = total
-            largest = max(largest, float(np.abs(self._file["reward"][task][i]).max()))
-        std = np.maximum(np.sqrt(deviation / count), SMALLEST_STD)
+        name = f"reward/{task}"
         return DataStatistics(
             task=task,
-            observation_mean=tuple(mean.tolist()),
-            observation_std=tuple(std.tolist()),
+            observation_mean=tuple(self._file["observation_mean"][:].tolist()),
+            observation_std=tuple(self._file["observation_std"][:].tolist()),
             action_dim=self.action_dim,
             action_repeat=self.action_repeat,
             episode_steps=int(self.lengths.max()),
             returns=tuple(returns.tolist()),
-            reward_abs_max=largest,
+            reward_abs_max=max(float(np.abs(block[name]).max()) for block in self.blocks((name,))),
             num_episodes=self.num_episodes,
             source=self.source,
             subset=self.subset,
+            subset_digest=self.subset_digest,
             digest=self.digest,
         )
-
-
-def columns_of(trajectory: Trajectory) -> dict[str, Shaped[np.ndarray, "T1 ..."]]:
-    """Returns what the store keeps of an episode, by the path of its dataset, in the order of the digest."""
-    columns = {name: getattr(trajectory, field) for name, field in _COLUMNS.items()}
-    return columns | {f"reward/{task}": values for task, values in sorted(trajectory.task_reward.items())}
-
-
-def episode_digest(trajectory: Trajectory) -> str:
-    """Returns the SHA-256 of an episode's arrays, with their names, types and shapes."""
-    digest = hashlib.sha256()
-    for name, values in columns_of(trajectory).items():
-        digest.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
-
-
-def store_digest(episode_digests: Sequence[str], tasks: Sequence[str], action_repeat: int) -> str:
-    """Returns the SHA-256 that identifies a store's content; the order of the tasks does not matter."""
-    parts = [str(FORMAT_VERSION), *sorted(tasks), str(action_repeat), *episode_digests]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def fixed_text(text: str) -> Shaped[np.ndarray, ""]:
-    """Returns text as an attribute of fixed length.
-
-    HDF5 keeps text of variable length without a checksum, and one wrong bit there makes it read for ever.
-    """
-    return np.array(text.encode(), f"S{max(1, len(text.encode()))}")
-
-
-def attributes_digest(attributes: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a store's attributes but for this digest itself."""
-    values = {
-        key: np.asarray(value).tolist() for key, value in attributes.items() if key != "attributes_digest"
-    }
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=bytes.decode).encode()).hexdigest()
-
-
-def verify(path: str | os.PathLike[str]) -> int:
-    """Returns the number of episodes after checking every byte of each against the digests.
-
-    Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If the file is no store, or any array differs from what was written; the episode is named.
-    """
-    with Store.open(path) as store:
-        digests = [bytes(digest).decode("ascii", "replace") for digest in store._file["digest"]]
-        for i, expected in enumerate(digests):
-            try:
-                fault = _episode_fault(store, i, expected)
-            except Exception as error:
-                # As above: damage has many kinds of error.
-                fault = f"cannot be read ({error})"
-            if fault:
-                raise ValueError(
-                    f"An episode must be as it was written; episode {i} of {path} {fault}. Build it again."
-                )
-        if store_digest(digests, store.tasks, store.action_repeat) != store.digest:
-            raise ValueError(
-                f"A store's digest must follow from its episodes'; that of {path} does not. Build it again."
-            )
-        return store.num_episodes
-
-
-def _episode_fault(store: Store, i: int, expected: str) -> str:
-    trajectory = store.episode(i)
-    if episode_digest(trajectory) != expected:
-        return "does not match its digest"
-    if any(store._file[name][i, trajectory.num_steps + 1 :].any() for name in columns_of(trajectory)):
-        return "has padding that is not zero"
-    for task, reward in trajectory.task_reward.items():
-        if store._file["return"][task][i] != np.float32(reward.sum(dtype=np.float64)):
-            return f"has a return of {task} that is not the sum of its rewards"
-    return ""
-
-
-def describe(path_or_store: str | os.PathLike[str] | Store) -> dict[str, Any]:
-    """Returns what `bpt-rl data info` shows: plain values, returns summarised for each task."""
-    if not isinstance(path_or_store, Store):
-        with Store.open(path_or_store) as store:
-            return describe(store)
-    store = path_or_store
-    return {
-        "path": str(store.path),
-        "bytes": store.path.stat().st_size,
-        "domain": store.domain,
-        "source": store.source,
-        "subset": store.subset,
-        "action_repeat": store.action_repeat,
-        "num_episodes": store.num_episodes,
-        "num_steps": int(store.lengths.sum()),
-        "episode_steps": [int(store.lengths.min()), int(store.lengths.max())],
-        "observation_dim": store.observation_dim,
-        "action_dim": store.action_dim,
-        "returns": {task: _summary(store.returns(task)) for task in store.tasks},
-        "digest": store.digest,
-        "format_version": FORMAT_VERSION,
-        "versions": store.versions,
-    }
-
-
-def _summary(returns: Float[np.ndarray, "E"]) -> dict[str, float]:
-    return {
-        "mean": float(returns.mean(dtype=np.float64)),
-        "min": float(returns.min()),
-        "median": float(np.median(returns)),
-        "quantile_95": float(np.quantile(returns, 0.95)),
-        "max": float(returns.max()),
-    }

@@ -1,8 +1,9 @@
 """Checking every byte of a store, and every episode of a folder or zip, against what they must be."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ by far more within an episode.
 """
 
 Item = TypeVar("Item")
+Opened = TypeVar("Opened", Store, EpisodeSource)
 
 Progress = Callable[[int, int], None]
 
@@ -45,15 +47,15 @@ def verify_store(
       ValueError: If the file is no store, or is not as it was written; the first bad episode is named.
     """
     path = Path(path)
-    with Store.open(path) as store:
-        digests = store.episode_digests
-    try:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(path))
+        stack.callback(_close_all)
+        with _named(path):
+            digests = store.episode_digests
         check = functools.partial(_stored_fault, path=str(path))
         _check_all(list(enumerate(digests)), check, num_workers, report_progress)
-    finally:
-        _opened_store.cache_clear()
-    with Store.open(path) as store:
-        fault = _whole_fault(store)
+        with _named(path):
+            fault = _whole_fault(store)
     if fault:
         raise ValueError(f"A store must hold what the builder wrote; {path} {fault}. Build it again.")
     return len(digests)
@@ -73,14 +75,11 @@ def verify_episodes(
       ValueError: If one is damaged, not finite, of another body, or not aligned; the first is named.
     """
     tasks.tasks_of(domain)
-    with EpisodeSource.open(source) as opened:
-        names = opened.names
-    try:
+    with EpisodeSource.open(source) as opened, contextlib.ExitStack() as stack:
+        stack.callback(_close_all)
         check = functools.partial(_recorded_fault, source=str(source), domain=domain)
-        _check_all(names, check, num_workers, report_progress)
-    finally:
-        _opened_source.cache_clear()
-    return len(names)
+        _check_all(opened.names, check, num_workers, report_progress)
+        return len(opened.names)
 
 
 def alignment_fault(domain: str, trajectory: Trajectory) -> str:
@@ -107,6 +106,17 @@ def alignment_fault(domain: str, trajectory: Trajectory) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says of any error in the block that the store cannot be read: damage to HDF5 has many kinds of error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"A store must hold what the builder wrote; {path} cannot be read ({error}). Build it again."
+        ) from error
+
+
 def _check_all(
     items: Sequence[Item], check: Callable[[Item], str], num_workers: int, report_progress: Progress | None
 ) -> None:
@@ -119,32 +129,40 @@ def _check_all(
             report_progress(i, len(items))
 
 
-@functools.lru_cache(maxsize=1)
-def _opened_source(path: str) -> EpisodeSource:
-    return EpisodeSource.open(path)
+_opened: dict[str, Store | EpisodeSource] = {}
+"""Kept open in each process."""
+
+
+def _open(kind: type[Opened], path: str) -> Opened:
+    opened = _opened.get(path) or _opened.setdefault(path, kind.open(path))
+    if not isinstance(opened, kind):
+        raise TypeError(f"{path} is open as {type(opened).__name__}")
+    return opened
+
+
+def _close_all() -> None:
+    while _opened:
+        _opened.popitem()[1].close()
 
 
 def _recorded_fault(name: str, *, source: str, domain: str) -> str:
     try:
-        fault = alignment_fault(domain, _opened_source(source).read(name))
+        fault = alignment_fault(domain, _open(EpisodeSource, source).read(name))
     except ValueError as error:
         return str(error)
     return fault and f"An episode must be one of {domain}'s; {source}/{name} {fault}. Leave this file out."
 
 
-@functools.lru_cache(maxsize=1)
-def _opened_store(path: str) -> Store:
-    return Store.open(path)
-
-
 def _stored_fault(item: tuple[int, str], *, path: str) -> str:
     index, digest = item
     try:
-        fault = _episode_fault(_opened_store(path), index, digest)
+        fault = _episode_fault(_open(Store, path), index, digest)
     except Exception as error:
         # Damage to HDF5 has many kinds of error.
         fault = f"cannot be read ({error})"
-    return fault and f"An episode must be as it was written; episode {index} of {path} {fault}. Build it again."
+    return (
+        fault and f"An episode must be as it was written; episode {index} of {path} {fault}. Build it again."
+    )
 
 
 def _episode_fault(store: Store, index: int, digest: str) -> str:

@@ -74,7 +74,7 @@ def project(tmp_path_factory):
     assert out == f"Episodes: {buffer}\n"
     out = succeed(
         f"data build --source {buffer} --out {root}/store.h5 --tasks cartpole_swingup cartpole_balance "
-        "--action-repeat 20 --num-workers 1 --subset three"
+        "--action-repeat 20 --num-workers 1 --subset first-3-episodes"
     )
     assert out == f"Store: {root}/store.h5\n"
     out = succeed(train_line(root, root / "at"))
@@ -139,10 +139,14 @@ def test_every_example_parses_and_only_lacks_its_files(verb, tmp_path, monkeypat
 def test_from_collecting_to_the_report(project, tmp_path):
     root = project
     described = json.loads(succeed(f"data info {root}/store.h5"))
-    assert (described["num_episodes"], described["subset"], described["action_repeat"]) == (3, "three", 20)
+    assert (described["num_episodes"], described["subset"], described["action_repeat"]) == (
+        3,
+        "first-3-episodes",
+        20,
+    )
     assert list(described["returns"]) == ["cartpole_swingup", "cartpole_balance"]
     assert "every byte matches its digest" in succeed(f"data verify {root}/store.h5")
-    assert ": 3 episodes, every array" in succeed(f"data verify {root}/cartpole/ornstein_uhlenbeck")
+    assert ": 3 episodes, readable, finite" in succeed(f"data verify {root}/cartpole/ornstein_uhlenbeck")
 
     folder = RunFolder(root / "at")
     assert folder.config().optimizer.num_steps == 4

@@ -128,7 +128,7 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (CollectConfig, {"num_workers": -1}, "num_workers"),
         (CollectConfig, {"seed": -1}, "seed must not be negative; got -1"),
         (BuildConfig, {"action_repeat": 0}, "action_repeat must be positive"),
-        (BuildConfig, {"max_episodes": -1}, "max_episodes"),
+        (BuildConfig, {"num_workers": -1}, "num_workers"),
     ],
 )
 def test_impossible_values_are_refused(config: type, values: dict[str, Any], message: str) -> None:

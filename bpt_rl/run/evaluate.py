@@ -232,7 +232,8 @@ def describe_record(record: Mapping[str, Any]) -> str:
         values = [f"{name} {_with_interval(estimates[name])}" for name in ("first", "last", "mean", "max")]
         lines.append(f"  {context:<11}" + "  ".join(values))
     lines.append(
-        f"  data ({data['source']}, subset {data['subset']}, {data['num_episodes']} episodes): "
+        f"  data ({data['source']}, subset {data['subset']} {data['subset_digest'][:8]}, "
+        f"{data['num_episodes']} episodes): "
         f"mean {data['mean_return']:.1f}, best {data['largest_return']:.1f}"
     )
     return "\n".join(lines)
@@ -248,6 +249,7 @@ def _data_summary(statistics: DataStatistics, trained: TrainConfig) -> dict[str,
     return {
         "source": statistics.source,
         "subset": statistics.subset,
+        "subset_digest": statistics.subset_digest,
         "digest": statistics.digest,
         "mean_return": statistics.mean_return,
         "largest_return": statistics.largest_return,

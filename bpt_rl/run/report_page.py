@@ -85,7 +85,10 @@ def results(groups: Sequence[Group]) -> str:
             "max": report_verdict.data_number(group, "best"),
         }
         values = group.evaluation["data"]
-        note = f"{values['source']}, subset {values['subset']}, {values['num_episodes']:,} episodes"
+        note = (
+            f"{values['source']}, subset {values['subset']} (digest {values['subset_digest'][:8]}), "
+            f"{values['num_episodes']:,} episodes"
+        )
         rows += f"<tbody>{_row('Training data', note, data)}</tbody>"
     evaluation = reference.evaluation
     caption = (

@@ -34,6 +34,7 @@ STATISTICS = DataStatistics(
     num_episodes=2,
     source="test",
     subset="full",
+    subset_digest="0" * 64,
     digest="",
 )
 

@@ -1,15 +1,18 @@
 import dataclasses
+import shutil
 import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import pytest
 
 from bpt_rl.config import BuildConfig
-from bpt_rl.datasets import exorl, store
-from bpt_rl.datasets.build import build_store, domain_and_tasks, merge
+from bpt_rl.datasets import exorl
+from bpt_rl.datasets.build import build_store, domain_and_tasks
 from bpt_rl.datasets.store import Store
-from bpt_rl.envs import rewards, tasks
+from bpt_rl.envs import features, rewards, tasks
 
 
 def config_of(folder, tmp_path, **changes):
@@ -22,13 +25,16 @@ def test_a_store_holds_every_array_and_the_reward_of_every_task(folder, episodes
     progress = []
     path = build_store(config_of(folder, tmp_path), lambda done, total: progress.append((done, total)))
     assert path == tmp_path / "s.h5"
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
     with Store.open(path) as built:
         assert built.tasks == tasks.tasks_of("cartpole")
         for i, episode in enumerate(episodes):
             read = built.episode(i)
             for key in exorl.KEYS:
                 np.testing.assert_array_equal(getattr(read, key), getattr(episode, key))
+            np.testing.assert_array_equal(
+                read.features, features.physical_features("cartpole", episode.physics)
+            )
             for task in built.tasks:
                 reward = rewards.relabel(task, episode.physics, episode.action)
                 np.testing.assert_array_equal(read.task_reward[task], reward)
@@ -67,53 +73,59 @@ def test_merged_steps_equal_an_environment_with_that_action_repeat(folder, tmp_p
         np.testing.assert_allclose(episode.task_reward["cartpole_swingup"][t], step.reward, atol=1e-6)
 
 
-def test_merging_small_literal_arrays(episode):
-    trajectory = dataclasses.replace(
-        episode,
-        observation=np.arange(5, dtype=np.float32)[:, None],
-        action=np.array([[0], [3], [3], [7], [7]], np.float32),
-        reward=np.array([[0], [1], [2], [3], [4]], np.float32),
-        discount=np.array([[1], [1], [0.5], [1], [0]], np.float32),
-        physics=np.arange(5.0)[:, None],
-        task_reward={"x": np.array([0, 1, 10, 100, 1000], np.float32)},
-        extras={"skill": np.arange(5), "z": np.arange(2)},
-    )
-    merged = merge(trajectory, 2)
-    assert merged.observation.ravel().tolist() == merged.physics.ravel().tolist() == [0, 2, 4]
-    assert merged.action.ravel().tolist() == [0, 3, 7]
-    assert merged.reward.ravel().tolist() == [0, 3, 7]
-    assert merged.discount.ravel().tolist() == [1, 0.5, 0]
-    assert merged.task_reward["x"].tolist() == [0, 11, 1100]
-    assert merged.extras["skill"].tolist() == [0, 2, 4]
-    assert merged.extras["z"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="action_repeat must divide the steps of an episode; got 3 and 4"):
-        merge(trajectory, 3)
-
-
-def test_a_subset_is_the_first_episodes_in_order(folder, tmp_path):
-    config = config_of(folder, tmp_path, max_episodes=2, subset="first two", tasks=("cartpole_balance",))
+def test_a_subset_is_named_in_the_store(folder, tmp_path):
+    config = config_of(folder, tmp_path, subset="first-2-episodes", tasks=("cartpole_balance",))
     with Store.open(build_store(config)) as built:
-        assert (built.num_episodes, built.subset, built.source) == (2, "first two", "cartpole/random")
+        assert (built.num_episodes, built.subset, built.source) == (2, "first-2-episodes", "cartpole/random")
+        assert built.episode_names == (
+            "cartpole/random/episode_000000_40.npz",
+            "cartpole/random/episode_000001_60.npz",
+        )
+
+
+def test_a_stratified_subset_ranks_by_the_first_task(folder, tmp_path):
+    with Store.open(build_store(config_of(folder, tmp_path, tasks=("cartpole_swingup",)))) as built:
+        best = int(np.argsort(built.returns("cartpole_swingup"))[1])
+        expected = built.episode_names[best]
+    config = config_of(folder, tmp_path, tasks=("cartpole_swingup",), subset="stratified-1-episodes")
+    with Store.open(build_store(config)) as built:
+        assert built.episode_names == (expected,)
+
+
+def test_subsets_of_other_episodes_have_other_digests(folder, tmp_path):
+    def digests(subset):
+        with Store.open(build_store(config_of(folder, tmp_path, subset=subset))) as built:
+            return built.subset_digest, built.digest
+
+    full, first = digests("full"), digests("first-2-episodes")
+    assert digests("first-3-episodes") == full
+    assert first[0] != full[0]
+    assert first[1] != full[1]
+
+
+def test_a_zip_gives_the_store_that_its_folder_gives(folder, tmp_path):
+    archive = tmp_path / "cartpole" / "random.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.iterdir(), reverse=True):
+            file.write(path, f"buffer/{path.name}")
+    with Store.open(build_store(config_of(folder, tmp_path))) as built:
+        expected = (built.digest, built.subset_digest, built.source)
+    with Store.open(build_store(config_of(archive, tmp_path, out=str(tmp_path / "zip.h5")))) as built:
+        assert (built.digest, built.subset_digest, built.source) == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"tasks": ("walker_run", "walker_stand", "walker_run")}, ("walker", ("walker_run", "walker_stand"))),
-        ({"domain": "cheetah", "source": ("walker/rnd",)}, ("cheetah", ("cheetah_run",))),
+        ({"domain": "cheetah", "source": ("walker/rnd",)}, ("cheetah", tasks.tasks_of("cheetah"))),
         ({"source": ("cheetah/of/walker/rnd.zip",)}, ("walker", tasks.tasks_of("walker"))),
-        ({"source": ("cheetah.zip",)}, ("cheetah", ("cheetah_run",))),
+        ({"source": ("cheetah.zip",)}, ("cheetah", tasks.tasks_of("cheetah"))),
     ],
 )
 def test_the_domain_comes_from_tasks_then_the_option_then_the_path(changes, expected):
     assert domain_and_tasks(BuildConfig(**changes)) == expected
-
-
-@pytest.mark.parametrize("subset", ["", "die ersten fünf"])
-def test_any_text_names_a_subset(folder, tmp_path, subset):
-    config = config_of(folder, tmp_path, max_episodes=1, subset=subset, tasks=("cartpole_balance",))
-    with Store.open(build_store(config)) as built:
-        assert built.subset == subset
 
 
 def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
@@ -165,16 +177,10 @@ def test_episodes_with_other_columns_are_refused(folder, episodes, tmp_path):
     for i, columns in enumerate((1, 2)):
         reward = np.repeat(episodes[0].reward, columns, axis=1)
         exorl.write_episode(buffer / f"episode_{i}_40.npz", dataclasses.replace(episodes[0], reward=reward))
-    with pytest.raises(ValueError, match=r"stored_reward has \(2,\) in episode 1 and \(1,\) before"):
+    with pytest.raises(
+        ValueError, match=r"stored_reward has float32 \(2,\) here and float32 \(1,\) in the first"
+    ):
         build_store(config_of(buffer, tmp_path))
-
-
-def test_a_store_that_cannot_fit_is_refused_before_it_is_begun(folder, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"must fit on its disk; .*s\.h5 needs 0\.0 GB and 0\.0 GB are free"):
-        build_store(config_of(folder, tmp_path))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("limit", [1_000, 9_000])
@@ -197,9 +203,82 @@ def test_a_real_write_failure_leaves_the_old_file_and_one_clear_sentence(folder,
 
 def test_the_digest_depends_on_content_tasks_and_repeat_alone(folder, tmp_path):
     def digest(**changes):
-        path = build_store(config_of(folder, tmp_path, **changes))
-        return store.describe(path)["digest"]
+        with Store.open(build_store(config_of(folder, tmp_path, **changes))) as built:
+            return built.digest
 
     first = digest(tasks=("cartpole_balance", "cartpole_swingup"))
-    assert digest(tasks=("cartpole_swingup", "cartpole_balance"), subset="other") == first
-    assert len({first, digest(), digest(action_repeat=4), digest(max_episodes=2)}) == 4
+    same = digest(tasks=("cartpole_swingup", "cartpole_balance"), subset="first-3-episodes")
+    assert same == first
+    assert len({first, digest(), digest(action_repeat=4), digest(subset="first-2-episodes")}) == 4
+
+
+KILL = """
+import os, signal, sys
+from bpt_rl.config import BuildConfig
+from bpt_rl.datasets.build import build_store
+
+def die(done, total):
+    if done == {done}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+build_store(BuildConfig(source=({source!r},), out={out!r}, num_workers=1), die)
+"""
+
+
+def kill_after(done, folder, out):
+    script = KILL.format(done=done, source=str(folder), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+    assert killed.returncode == -9
+
+
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
+    whole = build_store(config_of(folder, tmp_path, out=str(tmp_path / "whole.h5"))).read_bytes()
+    # No time of writing may be part of it.
+    time.sleep(1.1)
+    out = tmp_path / "killed" / "s.h5"
+    for done in (0, 1, 2):
+        kill_after(done, folder, out)
+        assert not out.exists()
+    progress = []
+    build_store(config_of(folder, tmp_path, out=str(out)), lambda *counts: progress.append(counts))
+    # Two were kept: the first is not written again.
+    assert progress == [(2, 3), (3, 3)]
+    assert out.read_bytes() == whole
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_killed_build_keeps_nothing_that_is_not_as_it_was_written(folder, tmp_path):
+    out = tmp_path / "s.h5"
+    kill_after(2, folder, out)
+    part = tmp_path / ".s.h5.building"
+    content = bytearray(part.read_bytes())
+    with Store.open(build_store(config_of(folder, tmp_path, out=str(tmp_path / "whole.h5")))) as built:
+        second = built.block(("observation",), 1, 2)["observation"][0, 5].tobytes()
+    content[content.index(second)] ^= 1
+    part.write_bytes(content)
+    progress = []
+    build_store(config_of(folder, tmp_path), lambda *counts: progress.append(counts))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_killed_build_of_other_episodes_or_tasks_begins_anew(folder, tmp_path):
+    changed = tmp_path / "cartpole" / "random" / "buffer"
+    shutil.copytree(folder, changed)
+    for change in ("tasks", "episodes"):
+        kill_after(2, changed, tmp_path / "s.h5")
+        task_names = ("cartpole_balance",) if change == "tasks" else ()
+        if change == "episodes":
+            (changed / "episode_000002_20.npz").unlink()
+        progress = []
+        config = config_of(changed, tmp_path, tasks=task_names)
+        build_store(config, lambda *counts, progress=progress: progress.append(counts))
+        assert progress[0][0] == 0
+
+
+def test_two_builds_of_one_store_at_a_time_are_refused(folder, tmp_path):
+    def again(done, total):
+        with pytest.raises(BlockingIOError, match=r"one process at a time; another one is building .*s\.h5"):
+            build_store(config_of(folder, tmp_path))
+
+    build_store(config_of(folder, tmp_path), again)

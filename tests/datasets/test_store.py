@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from bpt_rl.config import BuildConfig
+from bpt_rl.datasets import exorl
 from bpt_rl.datasets.build import build_store
-from bpt_rl.datasets.store import SMALLEST_STD, Store, attributes_digest, describe, fixed_text, verify
+from bpt_rl.datasets.store import Store
+from bpt_rl.datasets.store_format import fixed_text
+from bpt_rl.datasets.store_writer import SMALLEST_STD
+from bpt_rl.envs import features, rewards
 
 TASKS = ("cartpole_swingup", "cartpole_balance")
 
@@ -45,8 +49,51 @@ def test_shapes_types_and_chunks_are_those_of_the_contract(path):
             "physics": ((3, 61, 4), "<f8"),
         }
         assert file["observation"].chunks == (1, 61, 5)
+        assert file["features"].shape == (3, 61, len(features.FEATURES["cartpole"]))
         assert file["reward/cartpole_swingup"].shape == (3, 61)
         assert file["return/cartpole_swingup"].dtype == np.float32
+
+
+def test_blocks_hold_what_episodes_hold_padded_with_zeros(path):
+    names = ("observation", "action", "physics", "features", "discount", "stored_reward")
+    names += tuple(f"reward/{task}" for task in TASKS)
+    with Store.open(path) as store:
+        whole = store.block(names, 0, 3)
+        assert {values.shape[:2] for values in whole.values()} == {(3, 61)}
+        for i in range(3):
+            episode, one = store.episode(i), store.block(names, i, i + 1)
+            columns = [episode.observation, episode.action, episode.physics, episode.features]
+            columns += [episode.discount, episode.reward, *(episode.task_reward[task] for task in TASKS)]
+            for name, expected in zip(names, columns, strict=True):
+                np.testing.assert_array_equal(whole[name][i, : len(expected)], expected)
+                assert not whole[name][i, len(expected) :].any()
+                np.testing.assert_array_equal(one[name][0], whole[name][i])
+        for start, stop in ((-1, 1), (2, 4), (2, 1)):
+            with pytest.raises(IndexError, match=f"got {start} to {stop}"):
+                store.block(names, start, stop)
+
+
+@pytest.mark.parametrize("task", ["cartpole_swingup_sparse", "cartpole_position(position=0.5)"])
+def test_a_task_that_is_not_stored_is_computed_from_features(path, episodes, task):
+    with Store.open(path) as store:
+        block = store.block((f"reward/{task}",), 0, 3)[f"reward/{task}"]
+        statistics, returns = store.statistics(task), store.returns(task)
+    for i, episode in enumerate(episodes):
+        reward = rewards.relabel(task, episode.physics, episode.action, episode.observation)
+        np.testing.assert_array_equal(block[i, : len(reward)], reward)
+        assert not block[i, len(reward) :].any()
+        assert returns[i] == np.float32(reward.sum(dtype=np.float64))
+    assert statistics.returns == tuple(sorted(returns.tolist()))
+    assert statistics.reward_abs_max == np.abs(block).max()
+
+
+def test_a_store_of_merged_steps_cannot_compute_rewards(folder, tmp_path):
+    config = BuildConfig(
+        source=(str(folder),), out=str(tmp_path / "s.h5"), tasks=TASKS, action_repeat=4, num_workers=1
+    )
+    message = r"Only a store of action_repeat 1 can .* has action_repeat 4"
+    with Store.open(build_store(config)) as store, pytest.raises(ValueError, match=message):
+        store.returns("cartpole_swingup_sparse")
 
 
 def test_statistics_equal_those_of_all_rows_at_once(path, episodes):
@@ -63,9 +110,14 @@ def test_statistics_equal_those_of_all_rows_at_once(path, episodes):
     assert (statistics.episode_steps, statistics.num_episodes, statistics.action_dim) == (60, 3, 1)
 
 
-def test_the_deviation_of_an_entry_that_never_moves_has_a_floor(path):
-    spoil(path, "observation", np.s_[:, :, 2], 5.0)
-    with Store.open(path) as store:
+def test_the_deviation_of_an_entry_that_never_moves_has_a_floor(episodes, tmp_path):
+    buffer = tmp_path / "cartpole" / "buffer"
+    still = np.array(episodes[0].observation)
+    still[:, 2] = 5.0
+    episode = dataclasses.replace(episodes[0], observation=still)
+    exorl.write_episode(buffer / "episode_0_40.npz", episode)
+    config = BuildConfig(source=(str(buffer),), out=str(tmp_path / "s.h5"), tasks=TASKS, num_workers=1)
+    with Store.open(build_store(config)) as store:
         statistics = store.statistics("cartpole_balance")
     assert statistics.observation_mean[2] == 5.0
     assert statistics.observation_std[2] == SMALLEST_STD
@@ -78,67 +130,6 @@ def test_statistics_are_plain_values_that_json_keeps(path):
         type(v) for value in statistics.values() for v in (value if isinstance(value, tuple) else (value,))
     }
     assert kinds == {str, int, float}
-
-
-def test_verify_accepts_an_untouched_store_and_names_the_episode_that_was_changed(path):
-    assert verify(path) == 3
-    content = path.read_bytes()
-    for name, index, message in [
-        ("observation", (1, 7, 2), "episode 1 of .* does not match its digest"),
-        ("physics", (2, 20, 3), "episode 2 of .* does not match its digest"),
-        ("reward/cartpole_balance", (0, 1), "episode 0 of .* does not match its digest"),
-        ("action", (2, 30, 0), "episode 2 of .* has padding that is not zero"),
-        (
-            "return/cartpole_swingup",
-            0,
-            "episode 0 of .* has a return of cartpole_swingup that is not the sum",
-        ),
-        ("length", 0, "episode 0 of .* does not match its digest"),
-        ("digest", 1, "episode 1 of .* does not match its digest"),
-    ]:
-        spoil(path, name, index, 9)
-        with pytest.raises(ValueError, match=message):
-            verify(path)
-        path.write_bytes(content)
-    with h5py.File(path, "r+") as file:
-        file.attrs["digest"] = fixed_text("0")
-        file.attrs["attributes_digest"] = fixed_text(attributes_digest(file.attrs))
-    with pytest.raises(ValueError, match=r"digest must follow from its episodes'; that of .* does not"):
-        verify(path)
-
-
-def test_no_flipped_bit_of_an_array_or_attribute_passes(path):
-    content = path.read_bytes()
-    with Store.open(path) as store:
-        before = describe(store)
-        arrays = [store.episode(i) for i in range(3)]
-    generator = np.random.default_rng(0)
-    refused = 0
-    for position in generator.choice(len(content), 150, replace=False):
-        spoilt = bytearray(content)
-        spoilt[position] ^= 1 << int(generator.integers(8))
-        path.write_bytes(spoilt)
-        try:
-            verify(path)
-        except ValueError:
-            refused += 1
-            continue
-        # The bit lies in free space of the file.
-        with Store.open(path) as store:
-            assert describe(store) == before
-            for i in range(3):
-                np.testing.assert_equal(vars(store.episode(i)), vars(arrays[i]))
-    assert refused > 50
-
-
-def test_describe_gives_plain_values_of_a_path_and_of_a_store(path):
-    with Store.open(path) as store:
-        returns = store.returns("cartpole_balance")
-        assert describe(store) == describe(path)
-    found = describe(path)
-    assert (found["num_episodes"], found["num_steps"], found["episode_steps"]) == (3, 120, [20, 60])
-    assert found["returns"]["cartpole_balance"]["max"] == returns.max()
-    assert found["bytes"] == path.stat().st_size
 
 
 def test_a_task_or_episode_that_is_not_there_is_refused(path):
@@ -183,5 +174,5 @@ def test_files_that_are_no_store_are_refused(path, tmp_path):
         Store.open(path)
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = 99
-    with pytest.raises(ValueError, match=r"s\.h5 has format version 99 and not 1\. Build it again"):
+    with pytest.raises(ValueError, match=r"s\.h5 has format version 99 and not 2\. Build it again"):
         Store.open(path)

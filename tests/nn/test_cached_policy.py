@@ -50,6 +50,7 @@ STATISTICS = DataStatistics(
     num_episodes=3,
     source="test",
     subset="full",
+    subset_digest="0" * 64,
     digest="",
 )
 NORMALIZER = Normalizer.from_statistics(STATISTICS, "largest_return")

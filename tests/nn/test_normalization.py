@@ -18,6 +18,7 @@ def statistics(returns=(-1.0, 3.0, 4.0), reward_abs_max=0.5):
         num_episodes=3,
         source="test",
         subset="full",
+        subset_digest="0" * 64,
         digest="",
     )
 

@@ -25,6 +25,7 @@ STATISTICS = DataStatistics(
     num_episodes=2,
     source="",
     subset="full",
+    subset_digest="0" * 64,
     digest="",
 )
 

@@ -38,7 +38,7 @@ def store_path(tmp_path_factory):
             out=str(root / "store.h5"),
             tasks=("cartpole_balance", TASK),
             action_repeat=ACTION_REPEAT,
-            subset="six",
+            subset="first-6-episodes",
             num_workers=1,
         )
     )

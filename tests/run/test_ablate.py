@@ -100,7 +100,9 @@ def test_cells_are_trained_and_evaluated_once_and_an_interrupted_grid_goes_on(
     # Other data below the same name: no cell of it is mixed with finished ones.
     buffer = store_path.parent / "cartpole" / "ornstein_uhlenbeck" / "buffer"
     build_store(
-        BuildConfig(source=(str(buffer),), out=str(store), action_repeat=20, max_episodes=5, num_workers=1)
+        BuildConfig(
+            source=(str(buffer),), out=str(store), action_repeat=20, subset="first-5-episodes", num_workers=1
+        )
     )
     with pytest.raises(ValueError, match="goes on with the data it began with"):
         ablate(other, environments=environments)

@@ -171,7 +171,7 @@ def test_an_evaluation_is_strict_json_that_reads_back_as_its_logs(record, run_pa
     values = json.loads(file.read_text(), parse_constant=refuse)
     assert values["schema"] == 1
     assert values["command"] == "bpt-rl evaluate runs/at"
-    assert values["data"]["subset"] == "six"
+    assert values["data"]["subset"] == "first-6-episodes"
     for context, target in (("chain", values["target_return"]), ("random", math.nan)):
         log = records.log_from_json(values["logs"][context])
         assert (log.context, log.task, log.action_repeat, log.seed) == (context, TASK, 20, 11)

@@ -25,6 +25,7 @@ STATISTICS = DataStatistics(
     num_episodes=3,
     source="walker, random",
     subset="full",
+    subset_digest="0" * 64,
     digest="0" * 64,
 )
 

@@ -56,6 +56,7 @@ def write_run(
         "num_episodes": 5,
         "source": "walker/proto",
         "subset": "first-5",
+        "subset_digest": "5" * 64,
         "digest": "d1",
     }
     records.write_json(folder.path / "statistics.json", statistics)
@@ -82,6 +83,7 @@ def write_run(
             "data": {
                 "source": "walker/proto",
                 "subset": "first-5",
+                "subset_digest": "5" * 64,
                 "digest": "d1",
                 "mean_return": 24.0,
                 "largest_return": 60.0,

@@ -246,7 +246,9 @@ def test_a_run_goes_on_with_its_data_wherever_it_lies_and_with_no_other(tiny, st
     train(tiny(tmp_path / "at", store=str(path), log_every=5, checkpoint_every=3, keep_checkpoints=1))
     buffer = store_path.parent / "cartpole" / "ornstein_uhlenbeck" / "buffer"
     build_store(
-        BuildConfig(source=(str(buffer),), out=str(path), action_repeat=20, max_episodes=5, num_workers=1)
+        BuildConfig(
+            source=(str(buffer),), out=str(path), action_repeat=20, subset="first-5-episodes", num_workers=1
+        )
     )
     with pytest.raises(
         ValueError, match=r"goes on with the data it began with; .* and .*store\.h5 has \w{12}\."

@@ -1,0 +1,71 @@
+"""What a store holds, in plain values."""
+
+import os
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bpt_rl.datasets.store import Store
+from bpt_rl.datasets.store_format import FORMAT_VERSION
+
+SAMPLE_ROWS = 200_000
+"""Rows that describe the states visited; of a larger store, an even spread of its episodes."""
+
+
+def describe(path_or_store: str | os.PathLike[str] | Store) -> dict[str, Any]:
+    """Returns what `bpt-rl data info` shows: plain values, returns summarised for each task.
+
+    `features` tells how far the states spread: quantiles of every physical feature.
+    """
+    if not isinstance(path_or_store, Store):
+        with Store.open(path_or_store) as store:
+            return describe(store)
+    store = path_or_store
+    lengths = store.lengths
+    return {
+        "path": str(store.path),
+        "bytes": store.path.stat().st_size,
+        "domain": store.domain,
+        "source": store.source,
+        "subset": store.subset,
+        "subset_digest": store.subset_digest,
+        "action_repeat": store.action_repeat,
+        "num_episodes": store.num_episodes,
+        "num_steps": int(lengths.sum()),
+        "episode_steps": [int(lengths.min()), int(lengths.max())],
+        "observation_dim": store.observation_dim,
+        "action_dim": store.action_dim,
+        "returns": {task: _summary(store.returns(task)) for task in store.tasks},
+        "features": {name: _spread(values) for name, values in visited_features(store).items()},
+        "digest": store.digest,
+        "format_version": FORMAT_VERSION,
+        "versions": store.versions,
+    }
+
+
+def visited_features(store: Store) -> dict[str, Float[np.ndarray, "_"]]:
+    """Returns each physical feature at the states of an even spread of episodes, `SAMPLE_ROWS` at most."""
+    num_steps = store.lengths
+    count = max(1, min(store.num_episodes, SAMPLE_ROWS // (int(num_steps.max()) + 1)))
+    episodes = np.unique(np.linspace(0, store.num_episodes - 1, count).astype(int))
+    rows = np.concatenate(
+        [store.block(("features",), i, i + 1)["features"][0, : num_steps[i] + 1] for i in episodes.tolist()]
+    )
+    return dict(zip(store.feature_names, rows.T, strict=True))
+
+
+def _summary(returns: Float[np.ndarray, "E"]) -> dict[str, float]:
+    return {
+        "mean": float(returns.mean(dtype=np.float64)),
+        "min": float(returns.min()),
+        "median": float(np.median(returns)),
+        "quantile_95": float(np.quantile(returns, 0.95)),
+        "max": float(returns.max()),
+    }
+
+
+def _spread(values: Float[np.ndarray, "_"]) -> dict[str, float]:
+    names = ("min", "quantile_05", "median", "quantile_95", "max")
+    quantiles = np.quantile(values, (0, 0.05, 0.5, 0.95, 1))
+    return dict(zip(names, quantiles.tolist(), strict=True))

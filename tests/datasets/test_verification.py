@@ -1,0 +1,162 @@
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+
+from bpt_rl.config import BuildConfig
+from bpt_rl.datasets import exorl
+from bpt_rl.datasets.build import build_store
+from bpt_rl.datasets.description import describe
+from bpt_rl.datasets.store import Store
+from bpt_rl.datasets.store_format import attributes_digest, fixed_text
+from bpt_rl.datasets.verification import alignment_fault, verify_episodes, verify_store
+
+TASKS = ("cartpole_swingup", "cartpole_balance")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The bytes of a sound store."""
+    out = tmp_path_factory.mktemp("stores") / "s.h5"
+    return build_store(
+        BuildConfig(source=(str(folder),), out=str(out), tasks=TASKS, num_workers=1)
+    ).read_bytes()
+
+
+@pytest.fixture
+def path(whole, tmp_path):
+    path = tmp_path / "s.h5"
+    path.write_bytes(whole)
+    return path
+
+
+def spoil(path, name, index, value):
+    with h5py.File(path, "r+") as file:
+        file[name][index] = value
+
+
+def test_an_untouched_store_is_accepted_by_any_number_of_processes(path):
+    for num_workers in (1, 2):
+        progress = []
+        count = verify_store(
+            path,
+            num_workers=num_workers,
+            report_progress=lambda *done, progress=progress: progress.append(done),
+        )
+        assert (count, progress) == (3, [(1, 3), (2, 3), (3, 3)])
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("observation", (1, 7, 2), 9, "episode 1 of .* does not match its digest"),
+        ("physics", (2, 20, 3), 9, "episode 2 of .* does not match its digest"),
+        ("features", (2, 20, 0), 9, "episode 2 of .* does not match its digest"),
+        ("reward/cartpole_balance", (0, 1), 9, "episode 0 of .* does not match its digest"),
+        ("action", (2, 30, 0), 9, "episode 2 of .* has padding that is not zero"),
+        (
+            "return/cartpole_swingup",
+            0,
+            9,
+            "episode 0 of .* has a return of cartpole_swingup that is not the sum",
+        ),
+        ("length", 0, 9, "episode 0 of .* does not match its digest"),
+        ("digest", 1, b"9", "episode 1 of .* does not match its digest"),
+        ("name", 1, b"9", "has a subset digest that does not follow from the names"),
+        ("observation_mean", 1, 9, "has a mean or deviation that is not that of its observations"),
+        ("observation_std", 1, 9, "has a mean or deviation that is not that of its observations"),
+    ],
+)
+def test_whatever_was_changed_is_named(path, name, index, value, message):
+    spoil(path, name, index, value)
+    with pytest.raises(ValueError, match=message):
+        verify_store(path, num_workers=1)
+
+
+def test_a_digest_that_does_not_follow_from_the_episodes_is_refused(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["digest"] = fixed_text("0")
+        file.attrs["attributes_digest"] = fixed_text(attributes_digest(file.attrs))
+    with pytest.raises(ValueError, match="has a digest that does not follow from its episodes'"):
+        verify_store(path, num_workers=1)
+
+
+def test_a_store_of_rows_that_do_not_belong_together_is_refused(episodes, tmp_path):
+    """The builder takes what it gets; here each observation is that of the state before."""
+    shifted = np.roll(episodes[1].observation, 1, axis=0)
+    buffer = tmp_path / "cartpole" / "buffer"
+    exorl.write_episode(buffer / "episode_0_40.npz", episodes[0])
+    exorl.write_episode(buffer / "episode_1_60.npz", dataclasses.replace(episodes[1], observation=shifted))
+    message = r"has in row \d+ an observation that is not that of its state: entry \d is .* and should be"
+    with pytest.raises(ValueError, match=rf"cartpole/buffer/episode_1_60\.npz {message}"):
+        verify_episodes(buffer, "cartpole", num_workers=1)
+    out = build_store(
+        BuildConfig(source=(str(buffer),), out=str(tmp_path / "s.h5"), tasks=TASKS, num_workers=1)
+    )
+    with pytest.raises(ValueError, match=f"episode 1 of .* {message}"):
+        verify_store(out, num_workers=1)
+
+
+def test_episodes_are_read_to_the_last(folder, episodes, tmp_path):
+    assert verify_episodes(folder, "cartpole") == 3
+    buffer = tmp_path / "buffer"
+    for i, episode in enumerate(episodes):
+        exorl.write_episode(buffer / f"episode_{i}_{episode.num_steps}.npz", episode)
+    last = buffer / "episode_2_20.npz"
+    last.write_bytes(last.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"must be a whole npz file; .*episode_2_20\.npz"):
+        verify_episodes(buffer, "cartpole", num_workers=1)
+    with pytest.raises(ValueError, match=r"physics of walker must have shape \[T\+1, 18\]"):
+        verify_episodes(folder, "walker", num_workers=1)
+
+
+@pytest.mark.parametrize("name", ["action", "reward"])
+def test_a_row_that_is_no_dummy_row_is_a_fault(episode, name):
+    getattr(episode, name)[0] = 0.5
+    assert alignment_fault("cartpole", episode) == f"has no dummy row 0: its {name} is not zero"
+
+
+def mutate(content: bytes, generator: np.random.Generator) -> bytes:
+    """Returns a damaged copy: bits, blocks, length, or pieces that changed places."""
+    spoilt = bytearray(content)
+    kind = generator.integers(6)
+    size = int(generator.integers(1, 65))
+    a, b = (int(place) for place in generator.integers(0, len(content) - size, 2))
+    # The file's own structures lie at both ends of it; most bytes between are numbers.
+    near = int(generator.integers(0, 4096))
+    a = (a, near, len(content) - size - near)[generator.integers(3)]
+    if kind <= 1:
+        spoilt[a] ^= 1 << int(generator.integers(8))
+    elif kind == 2:
+        spoilt[a : a + size] = generator.bytes(size)
+    elif kind == 3:
+        spoilt[a : a + size] = bytes([255 * int(generator.integers(2))]) * size
+    elif kind == 4:
+        spoilt[a : a + size], spoilt[b : b + size] = spoilt[b : b + size], spoilt[a : a + size]
+    else:
+        return bytes(spoilt[:a]) if generator.integers(2) else bytes(spoilt) + generator.bytes(size)
+    return bytes(spoilt)
+
+
+def test_no_damage_passes(whole, path):
+    """200 mutations: each is refused with the file's name, or changes nothing that is read."""
+    with Store.open(path) as store:
+        before = describe(store)
+        episodes = [store.episode(i) for i in range(3)]
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        path.write_bytes(mutate(whole, generator))
+        try:
+            verify_store(path, num_workers=1)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        # The damage lies in free space of the file.
+        with Store.open(path) as store:
+            assert describe(store) | {"bytes": 0} == before | {"bytes": 0}
+            for i in range(3):
+                np.testing.assert_equal(vars(store.episode(i)), vars(episodes[i]))
+    assert refused > 100
