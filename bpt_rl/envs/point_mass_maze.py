@@ -29,8 +29,8 @@ START = ((-0.29, -0.15), (0.15, 0.29))
 """Ranges of x and y, in metres, that an episode starts in: the outer corner of the top left room."""
 _TIME_LIMIT = 20.0
 
-# The floor and the mass touch, as in the original: their friction slows the mass. The planes stand where the
-# joints' limits stop it, the two bars reach 0.18 m from the centre and leave passages at the outer walls.
+# The planes stand where the joints' limits stop the mass; the two bars reach 0.18 m from the centre and leave
+# a passage at each outer wall. Full control of one actuator moves the mass at 0.1 m/s in the end.
 _MODEL = """
 <mujoco model="point mass maze">
   <include file="./common/skybox.xml"/>

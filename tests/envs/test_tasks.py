@@ -7,6 +7,8 @@ import pytest
 from bpt_rl.envs import tasks
 
 TASKS = [task for domain in tasks.DOMAINS.values() for task in domain.tasks]
+KINDS = ["walker_run", "quadruped_jump", "point_mass_maze_reach_top_left", "jaco_reach_top_left"]
+"""A task of each kind: the suite's, one that adds a reward, one with a model of its own, one of parts."""
 
 
 def rollout(environment, actions):
@@ -54,21 +56,92 @@ def test_steps_equal_those_of_the_plain_suite(task):
     np.testing.assert_allclose(reward, [step.reward for step in steps[1:]], atol=1e-8)
 
 
-def test_equal_seeds_give_equal_episodes_and_others_do_not():
-    actions = uniform_actions("walker_run", 5)
-    first, second, other = (rollout(tasks.make("walker_run", seed=s), actions)[0] for s in (3, 3, 4))
+@pytest.mark.parametrize("task", KINDS)
+def test_equal_seeds_give_equal_episodes_and_others_do_not(task):
+    actions = uniform_actions(task, 5)
+    first, second, other = (rollout(tasks.make(task, seed=s), actions)[0] for s in (3, 3, 4))
     np.testing.assert_array_equal(first, second)
-    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - other).max() > 0.01
 
 
-def test_seeding_again_equals_a_fresh_environment():
-    actions = uniform_actions("walker_run", 5)
-    used = tasks.make("walker_run", seed=3)
+@pytest.mark.parametrize("task", KINDS)
+def test_seeding_again_equals_a_fresh_environment(task):
+    actions = uniform_actions(task, 5)
+    used = tasks.make(task, seed=3)
     rollout(used, actions)
     used.seed(8)
-    np.testing.assert_array_equal(
-        rollout(used, actions)[0], rollout(tasks.make("walker_run", seed=8), actions)[0]
-    )
+    np.testing.assert_array_equal(rollout(used, actions)[0], rollout(tasks.make(task, seed=8), actions)[0])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_state_and_control_alone_give_the_reward_of_a_step(task):
+    environment = tasks.make(task, seed=1)
+    environment.reset()
+    passed = []
+    for action in uniform_actions(task, 30):
+        reward = environment.step(action).reward
+        assert environment.reward() == reward
+        passed.append((tasks.physics_state(environment), environment.physics.control(), reward))
+    # Backwards, so that nothing left over from the step before helps.
+    physics = environment.physics
+    for state, control, reward in reversed(passed):
+        physics.set_state(state)
+        physics.set_control(control)
+        physics.forward()
+        # Derived quantities are worked out anew from the same state, in the same order.
+        np.testing.assert_allclose(environment.reward(), reward, atol=1e-12)
+
+
+@pytest.mark.parametrize("domain", tasks.DOMAINS)
+def test_an_episode_has_the_steps_of_its_domain(domain):
+    num_steps = tasks.DOMAINS[domain].episode_steps
+    environment = tasks.make(tasks.tasks_of(domain)[0], seed=0)
+    environment.reset()
+    steps = [environment.step(np.zeros(environment.action_spec().shape)) for _ in range(num_steps)]
+    assert [step.last() for step in steps].index(True) == num_steps - 1
+    assert steps[-1].discount == 1
+
+
+def test_jaco_holds_actions_and_adds_rewards_like_the_others():
+    task = "jaco_reach_top_right"
+    actions = uniform_actions(task, 3)
+    each, each_reward = rollout(tasks.make(task, seed=6), np.repeat(actions, 10, axis=0))
+    merged, merged_reward = rollout(tasks.make(task, seed=6, action_repeat=10), actions)
+    np.testing.assert_array_equal(merged, each[::10])
+    np.testing.assert_allclose(merged_reward, each_reward.reshape(3, 10).sum(axis=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("task", "action_repeat"), [("point_mass_maze_reach_bottom_left", 250), ("jaco_reach_bottom_left", 125)]
+)
+def test_each_environment_of_a_vector_equals_a_single_one(task, action_repeat):
+    environments = tasks.make_vector(task, 2, 7, action_repeat, num_workers=1)
+    try:
+        observation, _ = environments.reset()
+        actions = np.stack([uniform_actions(task, 4, seed=i) for i in range(2)], axis=1)
+        steps = [environments.step(action) for action in actions]
+    finally:
+        environments.close()
+    for i in range(2):
+        single = tasks.make(task, int(np.random.SeedSequence([7, i]).generate_state(1)[0]), action_repeat)
+        np.testing.assert_array_equal(observation[i], single.reset().observation)
+        for t in range(4):
+            expected = single.step(actions[t, i])
+            assert (steps[t][1][i], steps[t][3][i]) == (expected.reward, expected.last())
+            if expected.last():
+                np.testing.assert_array_equal(steps[t][4]["final_obs"][i], expected.observation)
+                expected = single.reset()
+            np.testing.assert_array_equal(steps[t][0][i], expected.observation)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_closing_frees_the_simulator_and_may_be_repeated(task):
+    environment = tasks.make(task, seed=0)
+    environment.reset()
+    assert hasattr(environment.physics, "_data")
+    environment.close()
+    environment.close()
+    assert not hasattr(environment.physics, "_data")
 
 
 def test_action_repeat_holds_the_action_and_adds_rewards():
@@ -96,11 +169,29 @@ def test_tasks_and_domains_name_each_other():
         )
 
 
+def test_tasks_of_the_suite_stand_before_those_added_to_it():
+    from dm_control import suite
+
+    for domain in tasks.DOMAINS:
+        stock = [
+            (domain, task.removeprefix(f"{domain}_")) in suite.ALL_TASKS for task in tasks.tasks_of(domain)
+        ]
+        assert stock == sorted(stock, reverse=True)
+    assert [len(tasks.tasks_of(domain)) for domain in tasks.DOMAINS] == [4] * 6
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"got 'walker_runn'. Nearest valid one: 'walker_run'\."):
         tasks.make("walker_runn", seed=0)
     with pytest.raises(ValueError, match=r"got 'cheeta'. Nearest valid one: 'cheetah'\."):
         tasks.tasks_of("cheeta")
+
+
+def test_a_task_is_named_in_full():
+    with pytest.raises(ValueError, match=r"Nearest valid one: 'point_mass_maze_reach_top_left'\."):
+        tasks.make("point_mass_reach_top_left", seed=0)
+    with pytest.raises(ValueError, match=r"got 'reach_top_left'"):
+        tasks.make("reach_top_left", seed=0)
 
 
 def test_numbers_out_of_range_are_refused():
