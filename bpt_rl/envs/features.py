@@ -1,19 +1,16 @@
 """Physical features of recorded states: the few numbers that every reward of a domain is a formula of.
 
-A state costs a few calls into MuJoCo and no Python object of its own, 3 to 5 microseconds. Cartpole and maze are
-closed forms.
+MuJoCo's own functions measure them, one call for many states (`bpt_rl.envs.replicas`): one to two microseconds a
+state. Cartpole and maze are closed forms.
 """
 
-import dataclasses
-import functools
-import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from bpt_rl.envs import tasks
+from bpt_rl.envs.replicas import replicas
 
 FEATURES: Mapping[str, tuple[str, ...]] = {
     "cartpole": ("cart_position", "cart_velocity", "pole_cosine", "pole_angular_velocity"),
@@ -40,7 +37,7 @@ measured in the torso's frame: forwards, to the left and up.
 def physical_features(domain: str, physics: Float[np.ndarray, "T1 P"]) -> Float[np.ndarray, "T1 F"]:
     """Returns the features of each state in the order of `FEATURES[domain]`, float64; row 0 is the reset state.
 
-    Equal to what the simulator itself measures in that state to rounding (1e-12 of the size of its numbers).
+    Equal to what the simulator itself measures in that state.
 
     Args:
       domain: Like "walker".
@@ -56,12 +53,12 @@ def physical_features(domain: str, physics: Float[np.ndarray, "T1 P"]) -> Float[
         case "point_mass_maze":
             return physics[:, :2].copy()
         case "quadruped":
-            frame, motion, centre = _native(domain, physics)
+            frame, motion, centre = _quadruped(physics)
             return np.concatenate([frame[:, 8:], motion[:, 3:], centre[:, 2:]], axis=1)
         case "jaco":
-            return _native(domain, physics)[0]
+            return _jaco(physics)[0]
         case _:
-            position, frame, velocity, momentum = _native(domain, physics)
+            position, frame, velocity, momentum = _planar(domain, physics)
             return np.stack([position[:, 2], frame[:, 8], velocity[:, 0], momentum[:, 1]], axis=1)
 
 
@@ -93,18 +90,15 @@ def recomputed_observation(
         case "cheetah":
             values = [physics[:, 1:]]
         case "walker":
-            frames, position = _native("walker_bodies", physics)
-            values = [
-                frames.reshape(-1, 9)[:, [0, 2]].reshape(len(physics), -1),
-                position[:, 2:],
-                physics[:, 9:],
-            ]
+            position, frame = _walker_bodies(physics)
+            orientations = frame[:, :, [0, 2]].reshape(len(physics), -1)
+            values = [orientations, position[:, 0, 2:], physics[:, 9:]]
         case "quadruped":
-            frame, motion, _ = _native(domain, physics)
+            frame, motion, _ = _quadruped(physics)
             columns = np.r_[0:48, 51:54]
             values = [physics[:, 7:23], physics[:, 29:], motion[:, 3:], frame[:, 8:], motion[:, :3]]
         case _:
-            position, frame = _native(domain, physics)
+            position, frame = _jaco(physics)
             columns = np.r_[0:12, 18:42]
             angles = physics[:, :6, None]
             turns = np.concatenate([np.sin(angles), np.cos(angles)], axis=2).reshape(-1, 12)
@@ -129,74 +123,39 @@ def _pole(physics: Float[np.ndarray, "T1 4"]) -> tuple[Float[np.ndarray, "T1"], 
     return cosine**2 - sine**2, 2 * cosine * sine
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """What is called for each state, and what is then read: views into the simulator's own arrays."""
-
-    model: Any
-    data: Any
-    calls: tuple[Callable[[Any, Any], None], ...]
-    views: tuple[np.ndarray, ...]
-
-
-def _native(name: str, physics: Float[np.ndarray, "T1 P"]) -> list[Float[np.ndarray, "T1 _"]]:
-    """Returns each view of a pass, flat, at every state."""
-    native = _pass(name, threading.get_ident())
-    model, data, calls = native.model, native.data, native.calls
-    positions = np.ascontiguousarray(physics[:, : model.nq])
-    velocities = np.ascontiguousarray(physics[:, model.nq : model.nq + model.nv])
-    qpos, qvel = data.qpos, data.qvel
-    found = [np.empty((len(physics), view.size)) for view in native.views]
-    copies = list(zip(found, native.views, strict=True))
-    for t in range(len(physics)):
-        qpos[:] = positions[t]
-        qvel[:] = velocities[t]
-        for call in calls:
-            call(model, data)
-        for values, view in copies:
-            values[t] = view
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _pass(name: str, thread: int) -> _Pass:
-    # One a thread, since it holds the state.
+def _planar(domain: str, physics: Float[np.ndarray, "T1 P"]) -> list[Float[np.ndarray, "T1 ..."]]:
+    """Returns position [3], frame [9], velocity [3] and angular momentum [3] of the whole body at its torso."""
     import mujoco
 
-    model = _model("walker" if name == "walker_bodies" else name)
-    data = mujoco.MjData(model)
-    positions = (mujoco.mj_kinematics,)
-    velocities = (*positions, mujoco.mj_comPos, mujoco.mj_comVel)
-    views: tuple[np.ndarray, ...]
-    if name == "jaco":
-        tool = data.site("jaco_arm/jaco_hand/pinchsite")
-        return _Pass(model=model, data=data, calls=positions, views=(tool.xpos, tool.xmat))
-    torso = data.body("torso")
-    if name == "walker_bodies":
-        return _Pass(model=model, data=data, calls=positions, views=(data.xmat[1:].reshape(-1), torso.xpos))
-    if name == "quadruped":
-        measure, motion = _sensor_motion(model)
-        views = (torso.xmat, motion, torso.subtree_com)
-        return _Pass(model=model, data=data, calls=(*velocities, measure), views=views)
-    views = (torso.xpos, torso.xmat, torso.subtree_linvel, torso.subtree_angmom)
-    return _Pass(model=model, data=data, calls=(*velocities, mujoco.mj_subtreeVel), views=views)
+    body = replicas(domain)
+    calls = (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel)
+    data = body.data
+    per_body = (data.xpos, data.xmat, data.subtree_linvel, data.subtree_angmom)
+    return body.measure(physics, calls, [body.of_bodies(values)[:, 0] for values in per_body])
 
 
-def _sensor_motion(model: Any) -> tuple[Callable[[Any, Any], None], Float[np.ndarray, "6"]]:
-    """Returns a call that measures as velocimeter and gyro do, and what it fills: angular, then linear velocity."""
+def _walker_bodies(physics: Float[np.ndarray, "T1 P"]) -> list[Float[np.ndarray, "T1 ..."]]:
+    """Returns position [7, 3] and frame [7, 9] of each body."""
     import mujoco
 
-    site = int(model.sensor("velocimeter").objid[0])
-    motion = np.zeros(6)
-
-    def measure(model: Any, data: Any) -> None:
-        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_SITE, site, motion, 1)
-
-    return measure, motion
+    body = replicas("walker")
+    views = [body.of_bodies(values) for values in (body.data.xpos, body.data.xmat)]
+    return body.measure(physics, (mujoco.mj_kinematics,), views)
 
 
-@functools.cache
-def _model(domain: str) -> Any:
-    """Returns the compiled body, which all threads share: nothing here writes into it."""
-    environment = tasks.make(tasks.tasks_of(domain)[0], seed=0)
-    return environment.physics.model.ptr
+def _quadruped(physics: Float[np.ndarray, "T1 P"]) -> list[Float[np.ndarray, "T1 ..."]]:
+    """Returns the torso's frame [9], angular and linear velocity in it [6], and the whole body's centre [3]."""
+    import mujoco
+
+    body = replicas("quadruped", site="torso")
+    calls = (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_sensorVel)
+    frame, centre = (body.of_bodies(values)[:, 0] for values in (body.data.xmat, body.data.subtree_com))
+    return body.measure(physics, calls, [frame, body.data.sensordata.reshape(-1, 6), centre])
+
+
+def _jaco(physics: Float[np.ndarray, "T1 P"]) -> list[Float[np.ndarray, "T1 ..."]]:
+    """Returns position [3] and frame [9] of the tool centre."""
+    import mujoco
+
+    body = replicas("jaco", site="jaco_arm/jaco_hand/pinchsite")
+    return body.measure(physics, (mujoco.mj_kinematics,), [body.data.site_xpos, body.data.site_xmat])

@@ -88,7 +88,7 @@ def _fall(distance: Numbers, value_at_1: float, sigmoid: Sigmoid) -> Numbers:
         case "hyperbolic":
             # 1 / cosh(z), written so that it does not overflow far away.
             shrunk: Numbers = np.exp(-math.acosh(1 / value_at_1) * distance)
-            return 2 * shrunk / (1 + np.square(shrunk))
+            return 2 * shrunk / (1 + shrunk * shrunk)
         case "long_tail":
             return 1 / ((1 / value_at_1 - 1) * np.square(distance) + 1)
         case "reciprocal":
