@@ -126,5 +126,7 @@ def _candidates(etag: str, num_bytes: int) -> Mapping[str, _PartedMD5 | _WholeMD
         return {}
     if match[2] is None:
         return {"ETag, an MD5": _WholeMD5()}
+    if int(match[2]) == 1:
+        return {"multipart ETag (one part)": _PartedMD5(max(num_bytes, 1))}
     sizes = part_sizes(num_bytes, int(match[2]))
     return {f"multipart ETag ({size // _MIB} MiB parts)": _PartedMD5(size) for size in sizes}

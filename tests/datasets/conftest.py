@@ -1,12 +1,20 @@
-"""Short cartpole episodes, recorded with real dm_control: its reward reads the control."""
+"""Short cartpole episodes, recorded with real dm_control: its reward reads the control; and a server of zips."""
 
 import dataclasses
+import hashlib
+import io
+import re
+import threading
+import zipfile
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
-from bpt_rl.config import CollectConfig
+from bpt_rl.config import CollectConfig, DownloadConfig
 from bpt_rl.datasets import exorl
+from bpt_rl.datasets.catalogue import Archive
 from bpt_rl.run.collect import record_episode
 from bpt_rl.types import Trajectory
 
@@ -40,3 +48,131 @@ def folder(episodes, tmp_path_factory):
     for i, trajectory in enumerate(episodes):
         exorl.write_episode(buffer / f"episode_{i:06d}_{trajectory.num_steps}.npz", trajectory)
     return buffer
+
+
+def zip_of(seed: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("buffer/noise", np.random.default_rng(seed).bytes(6_000_000))
+    return file.getvalue()
+
+
+class ZipServer(ThreadingHTTPServer):
+    """Sends `content` as a good server does; each of `script` is how it answers one request instead."""
+
+    daemon_threads = True
+    zip, other_zip = zip_of(0), zip_of(1)
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.etag, self.last_modified = self.zip, '"version-1"', ""
+        self.script = deque()
+        self.requests = []
+        """Method and first byte asked for of each."""
+        self.go_on = threading.Event()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        """A client that is gone is what some tests are about."""
+
+    def swap(self):
+        self.content, self.etag = self.other_zip, '"version-2"'
+
+    @staticmethod
+    def cut(num_bytes=None, **options):
+        """Answers as asked, but with no more than `num_bytes` of the body."""
+        return lambda handler: handler.serve(num_bytes=num_bytes, **options)
+
+    @staticmethod
+    def status(code, **headers):
+        return lambda handler: handler.send(code, {"Content-Length": 0} | headers)
+
+    @staticmethod
+    def hang(num_bytes=None):
+        """Sends so many bytes, or not even headers, and falls silent until `go_on` is set."""
+
+        def answer(handler):
+            if num_bytes is not None:
+                handler.serve(num_bytes=num_bytes)
+            handler.server.go_on.wait(20)
+
+        return answer
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        span = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
+        self.asked = int(span[1]) if span else None
+        server.requests.append((self.command, self.asked))
+        if server.script:
+            server.script.popleft()(self)
+        else:
+            self.serve()
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def log_message(self, *arguments):
+        """Keeps quiet."""
+
+    def send(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            if value != "":
+                self.send_header(name, str(value))
+        self.end_headers()
+
+    def serve(self, *, num_bytes=None, offset=None, then=None, **headers):
+        """Sends what was asked for, or the bytes from `offset` on, whatever was asked."""
+        server = self.server
+        if offset is None:
+            is_known = self.headers["If-Range"] in {server.etag, server.last_modified}
+            offset = self.asked if self.asked is not None and is_known else 0
+        total, body = len(server.content), server.content[offset:]
+        known = {"ETag": server.etag, "Last-Modified": server.last_modified, "Content-Length": len(body)}
+        if offset:
+            known["Content-Range"] = f"bytes {offset}-{total - 1}/{total}"
+        self.send(206 if offset else 200, known | headers)
+        if self.command != "HEAD":
+            self.wfile.write(body[:num_bytes])
+        if then:
+            then()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ZipServer() as server:
+        # Polled often, so that shutting down takes no half second.
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.go_on.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def known(server) -> Archive:
+    """What a catalogue may know of the server's zip."""
+    sha256 = hashlib.sha256(server.zip).hexdigest()
+    return Archive(domain="walker", collector="icm", num_bytes=len(server.zip), sha256=sha256)
+
+
+@pytest.fixture
+def config(server, tmp_path) -> DownloadConfig:
+    return DownloadConfig(out=str(tmp_path), mirror=server.url, first_wait=0.0, num_tries=3, timeout=5.0)
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "walker" / "icm.zip"
+
+
+@pytest.fixture
+def part(target):
+    return target.with_name(".icm.zip.part")
