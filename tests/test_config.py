@@ -13,6 +13,7 @@ from bpt_rl.config import (
     CollectConfig,
     DataConfig,
     DemoConfig,
+    DownloadConfig,
     EvaluateConfig,
     ModelConfig,
     OptimizerConfig,
@@ -30,6 +31,7 @@ ALL = (
     BuildConfig,
     AblateConfig,
     DemoConfig,
+    DownloadConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, remat=False),
@@ -44,6 +46,7 @@ CHANGED: tuple[Any, ...] = (
     ),
     EvaluateConfig(target="quantile", target_multiple=1.5, memoryless=False),
     CollectConfig(algorithm="random", num_workers=3),
+    DownloadConfig(mirror="http://host/exorl", timeout=5.0),
     BuildConfig(tasks=("walker_walk", "walker_run"), domain="walker"),
 )
 
@@ -126,6 +129,9 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (EvaluateConfig, {"num_episodes": -1}, "num_episodes"),
         (CollectConfig, {"noise_decay": 0.0}, "noise_decay must lie in"),
         (CollectConfig, {"num_workers": -1}, "num_workers"),
+        (DownloadConfig, {"num_tries": 0}, "num_tries must be positive; got 0"),
+        (DownloadConfig, {"timeout": 0.0}, "timeout must be positive"),
+        (DownloadConfig, {"first_wait": -1.0}, "first_wait must not be negative"),
         (CollectConfig, {"seed": -1}, "seed must not be negative; got -1"),
         (BuildConfig, {"action_repeat": 0}, "action_repeat must be positive"),
         (BuildConfig, {"num_workers": -1}, "num_workers"),
