@@ -122,3 +122,41 @@ def test_the_size_of_all_arrays_together_is_bounded():
         ValueError, match=rf"c\.npz .*arrays declare {declared} bytes, more than {declared - 1}"
     ):
         npz.read_arrays(content, "c.npz", largest=declared - 1)
+
+
+def test_a_mutated_array_with_a_valid_checksum_is_what_numpy_reads_or_refused():
+    arrays = [np.arange(12.0).reshape(3, 4), np.asfortranarray(np.ones((2, 3), "f4")), np.array("ab")]
+    tokens = [
+        b"1",
+        b"-1",
+        b"(",
+        b"'O'",
+        b"'<f4'",
+        b"'S0'",
+        b"True ",
+        b"9" * 20,
+        b"10**9",
+        b"L",
+        b"\0",
+        b"\xff",
+    ]
+    num_read = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        member = npy(arrays[seed % 3])
+        begin, token = rng.integers(6, 100), tokens[rng.integers(len(tokens))]
+        if seed % 2:
+            begin, token = member.find(b"<"), [b"<i", b">f", b"=u", b"|V", b"<c", b">U"][rng.integers(6)]
+        content = npz_of(a=member[:begin] + token + member[begin + len(token) :])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read = npz.read_arrays(content, "c.npz")["a"]
+                expected = np.load(io.BytesIO(content))["a"]
+        except ValueError as error:
+            assert "c.npz cannot be read ('a.npy': " in str(error)
+        else:
+            native = expected.astype(expected.dtype.newbyteorder("="))
+            assert (read.shape, read.dtype, read.tobytes()) == (native.shape, native.dtype, native.tobytes())
+            num_read += 1
+    assert 50 < num_read < 200
