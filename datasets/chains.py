@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from bpt_rl.types import Trajectory
 
 RELATIVE_TOLERANCE = 1e-6
 """Share of the target by which a float32 sum of rewards may miss it and still count as reaching it."""
+SMALLEST_RETURN = np.float32(2.0**-100)
+"""Collected returns below it count as 0: float32 keeps differences of larger ones normal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Chain:
     target_return: float
     """Largest return of the chain."""
     returns: Float[np.ndarray, "N"]
-    """Whole-episode returns, ascending."""
+    """Whole-episode returns in float32, ascending."""
 
     @property
     def num_steps(self) -> int:
@@ -36,8 +38,40 @@ class Chain:
         return len(self.reward)
 
 
-def returns_to_go(reward: Float[np.ndarray, "T"], target: float | None = None) -> Float[np.ndarray, "T"]:
+def collected_returns(reward: Float[np.ndarray, "*E T"]) -> Float32[np.ndarray, "*E T1"]:
+    """Returns the reward collected before each step and, in the last entry, at the end; the first is 0.
+
+    Summed in float64 and rounded once, so that all that follows is a single subtraction or comparison in
+    float32: it has the same bits in NumPy and on an accelerator, which has no float64.
+
+    Args:
+      reward: Environment reward after each action, unscaled, without the dummy row; of one or many episodes.
+
+    Raises:
+      ValueError: If there is no step, or a reward is not finite.
+    """
+    if not reward.size or not np.isfinite(reward).all():
+        raise ValueError(
+            f"reward must hold at least one step and only finite values; got {reward.size} steps, "
+            f"{np.count_nonzero(~np.isfinite(reward))} of them not finite. Check the episode with `data verify`."
+        )
+    collected = np.zeros((*reward.shape[:-1], reward.shape[-1] + 1), np.float32)
+    collected[..., 1:] = np.cumsum(reward, axis=-1, dtype=np.float64)
+    return without_subnormals(collected)
+
+
+def without_subnormals(values: Float32[np.ndarray, "*any"]) -> Float32[np.ndarray, "*any"]:
+    """Returns the values with 0 for those so small that a difference of two could be subnormal.
+
+    XLA takes subnormal results for 0 where NumPy does not, and rewards far from a goal do become that small.
+    """
+    return np.where(np.abs(values) < SMALLEST_RETURN, np.float32(0), values)
+
+
+def returns_to_go(reward: Float[np.ndarray, "T"], target: float | None = None) -> Float32[np.ndarray, "T"]:
     """Returns the reward still to be collected before each step, counting that step's own.
+
+    The target in float32 less `collected_returns`: its error is at most 2e-7 of the larger of the two.
 
     Args:
       reward: Environment reward after each action, unscaled.
@@ -49,16 +83,14 @@ def returns_to_go(reward: Float[np.ndarray, "T"], target: float | None = None) -
 
     Source: Chen et al. 2021, section 3; Liu and Abbeel 2023, section 3.
     """
-    if not reward.size or not np.isfinite(reward).all():
-        raise ValueError(
-            f"reward must hold at least one step and only finite values; got {reward.size} steps, "
-            f"{np.count_nonzero(~np.isfinite(reward))} of them not finite. Check the episode with `data verify`."
-        )
-    collected = np.cumsum(reward, dtype=np.float64)
-    if target is None:
-        target = float(collected[-1])
-    before = np.concatenate([[0.0], collected[:-1]])
-    return (target - before).astype(np.float32)
+    collected = collected_returns(reward)
+    asked = collected[-1:] if target is None else without_subnormals(np.array([target], np.float32))
+    return np.asarray(asked - collected[:-1])
+
+
+def reach_threshold(target: float, scale: float | None = None) -> float:
+    """Returns the smallest collected return that counts as the target; see `reaches`."""
+    return target - RELATIVE_TOLERANCE * max(1.0, abs(target if scale is None else scale))
 
 
 def reaches(
@@ -71,9 +103,7 @@ def reaches(
       target: What is to be reached.
       scale: Size of the returns that were summed; the target's if None.
     """
-    return np.asarray(
-        collected >= target - RELATIVE_TOLERANCE * max(1.0, abs(target if scale is None else scale))
-    )
+    return np.asarray(collected >= reach_threshold(target, scale))
 
 
 def build_chain(
@@ -105,15 +135,16 @@ def build_chain(
     if not trajectories:
         raise ValueError("A chain must hold at least one trajectory; got none. Draw some from a store.")
     rewards = [_task_reward(trajectory, task) for trajectory in trajectories]
-    returns = np.array([reward.sum(dtype=np.float64) for reward in rewards])
+    # As the store has them: summed in float64, dummy row included, and rounded.
+    returns = np.array([reward.sum(dtype=np.float64) for reward in rewards], np.float32)
     order = np.argsort(returns, kind="stable")
     largest = float(returns[order[-1]])
     pieces = []
     for episode, i in enumerate(order):
-        trajectory, reward = trajectories[i], rewards[i]
+        trajectory, reward = trajectories[i], rewards[i][1:]
         num_steps = trajectory.num_steps
         target = largest if relabel == "chain_maximum" else float(returns[i])
-        reached = reaches(np.cumsum(reward, dtype=np.float64), target)
+        reached = collected_returns(reward)[1:] >= np.float32(reach_threshold(target))
         if completion == "per_episode":
             reached[:-1] = False
         counts = loss_on == "all" or episode == len(order) - 1
@@ -134,14 +165,14 @@ def build_chain(
     return Chain(**fields, target_return=largest, returns=returns[order])
 
 
-def _task_reward(trajectory: Trajectory, task: str) -> Float[np.ndarray, "T"]:
+def _task_reward(trajectory: Trajectory, task: str) -> Float[np.ndarray, "T1"]:
     if task not in trajectory.task_reward:
         known = ", ".join(trajectory.task_reward) or "none"
         raise ValueError(
             f"A chain needs trajectories relabelled for its task; got {task!r}, and there is reward for: {known}. "
             "Read them from a store built with that task."
         )
-    return trajectory.task_reward[task][1:]
+    return trajectory.task_reward[task]
 
 
 def _checked(window: slice, num_steps: int) -> slice:

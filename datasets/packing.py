@@ -60,7 +60,7 @@ def pack(
       ValueError: If a chain is longer than a row or the chains do not fit into `num_rows`.
     """
     steps = steps_of(context_length, layout)
-    placed = _first_fit([chain.num_steps for chain in chains], steps)
+    placed = first_fit([chain.num_steps for chain in chains], steps)
     needed = 1 + max(row for row, _ in placed)
     if num_rows is not None and needed > num_rows:
         raise ValueError(
@@ -82,18 +82,32 @@ def _zeros(like: np.ndarray, rows: int, steps: int) -> np.ndarray:
     return np.zeros((rows, steps, *like.shape[1:]), like.dtype)
 
 
-def _first_fit(lengths: Sequence[int], steps: int) -> list[tuple[int, int]]:
+def first_fit(lengths: Sequence[int], steps: int) -> list[tuple[int, int]]:
+    """Returns the row and the first step of each chain: in the first row with room for it.
+
+    Args:
+      lengths: Steps of each chain.
+      steps: Of a row.
+
+    Raises:
+      ValueError: If a chain is longer than a row.
+    """
+    if max(lengths) > steps:
+        raise ValueError(
+            f"A chain must fit into one row, since none is ever cut; got a chain of {max(lengths)} steps and rows "
+            f"of {steps}. Use a longer context_length, fewer trajectories or a window."
+        )
     used: list[int] = []
-    placed = []
+    # Without the rows that no chain fits into any more, so that many chains take no quadratic time.
+    open_rows: list[int] = []
+    placed, shortest = [], min(lengths)
     for length in lengths:
-        if length > steps:
-            raise ValueError(
-                f"A chain must fit into one row, since none is ever cut; got a chain of {length} steps and rows "
-                f"of {steps}. Use a longer context_length, fewer trajectories or a window."
-            )
-        row = next((r for r, taken in enumerate(used) if taken + length <= steps), len(used))
+        row = next((r for r in open_rows if used[r] + length <= steps), len(used))
         if row == len(used):
             used.append(0)
+            open_rows.append(row)
         placed.append((row, used[row]))
         used[row] += length
+        if used[row] + shortest > steps:
+            open_rows.remove(row)
     return placed

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +21,18 @@ from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.checkpoint import Checkpoints
-from bpt_rl.run.loggers import open_loggers
+from bpt_rl.run.loggers import Log, open_loggers
 from bpt_rl.types import PackedBatch
 
-UNFIXED_FIELDS = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store")
+UNFIXED_FIELDS = (
+    "run",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "logger",
+    "data.store",
+    "data.place",
+)
 """Fields that may change between a run and its continuation: they do not change the parameters.
 
 A store may lie elsewhere by then; its digest tells whether it is the same.
@@ -34,6 +40,8 @@ A store may lie elsewhere by then; its digest tells whether it is the same.
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all and the last metrics."""
+Announce = Callable[[str], None]
+"""Called with a line to show before training begins."""
 
 
 class TrainState(NamedTuple):
@@ -117,7 +125,11 @@ def train_step(
 
 
 def train(
-    config: TrainConfig, report_progress: Progress | None = None, *, command: str = ""
+    config: TrainConfig,
+    report_progress: Progress | None = None,
+    *,
+    announce: Announce | None = None,
+    command: str = "",
 ) -> records.RunFolder:
     """Trains to the configured number of steps, going on from the newest checkpoint of the run folder.
 
@@ -126,7 +138,8 @@ def train(
 
     Args:
       config: Of the run.
-      report_progress: Told of every gradient step.
+      report_progress: Told of every gradient step, once its metrics are known to be finite.
+      announce: Told where the episodes are kept, and why.
       command: Command line that repeats this, for the record.
 
     Raises:
@@ -148,65 +161,107 @@ def train(
         start = saved.latest_step or 0
         if start:
             state = saved.restore(start, jax.eval_shape(lambda s: s, state))
-        _write_description(config, folder, dataclasses.asdict(statistics), start, command)
-        _run_steps(config, folder, saved, agent, optimizer, state, start, sampler, report_progress)
+        facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        _write_description(config, folder, dataclasses.asdict(statistics), start, facts)
+        if announce:
+            announce(f"Episodes are kept in place {sampler.choice}.")
+        log = stack.enter_context(open_loggers(config, folder))
+        tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
+        ledger = _Ledger(config, tokens, saved, log, report_progress)
+        ledger.begin(start)
+        for step, reached, metrics in _steps(config, agent, optimizer, state, sampler):
+            ledger.add(step, metrics)
+            if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
+                ledger.settle()
+                saved.save(step, reached)
     return folder
 
 
-def _run_steps(
+def _steps(
     config: TrainConfig,
-    folder: records.RunFolder,
-    saved: Checkpoints,
     agent: Agent,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    start: int,
     sampler: ChainSampler,
-    report_progress: Progress | None,
-) -> None:
-    num_steps = config.optimizer.num_steps
-    step_function = jax.jit(functools.partial(train_step, agent, optimizer), donate_argnums=0)
-    schedule = make_schedule(config.optimizer)
-    key = jax.random.key(config.seed)
-    accumulation = config.optimizer.accumulation
-    tokens = sampler.num_rows * sampler.context_length * accumulation
-    began, logged = time.perf_counter(), start
-    source = batches(sampler, start * accumulation, num_steps * accumulation)
-    with open_loggers(config, folder) as log:
-        for step, batch in enumerate(_stacked(source, accumulation), start + 1):
-            state, metrics = step_function(state, batch, key)
-            values = {name: float(value) for name, value in metrics.items()}
-            _check_finite(values, step, folder, saved)
-            if step % config.log_every == 0 or step == num_steps:
-                elapsed = time.perf_counter() - began
-                values |= {
-                    "learning_rate": float(schedule(step - 1)),
-                    "tokens": float(step * tokens),
-                    "tokens_per_second": (step - logged) * tokens / elapsed,
-                }
-                log({"step": step, **values})
-                began, logged = time.perf_counter(), step
-            if report_progress:
-                report_progress(step, num_steps, values)
-            if step % config.checkpoint_every == 0 or step == num_steps:
-                saved.save(step, state)
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
+
+    def take(state: TrainState, micro_batches: tuple[PackedBatch, ...], key: jax.Array) -> Any:
+        batch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *micro_batches)
+        next_state, metrics = train_step(agent, optimizer, state, batch, key)
+        return next_state, metrics | {"learning_rate": schedule(state.step)}
+
+    schedule, key = make_schedule(config.optimizer), jax.random.key(config.seed)
+    step_function = jax.jit(take, donate_argnums=0)
+    start, accumulation = int(state.step), config.optimizer.accumulation
+    source = batches(sampler, start * accumulation, config.optimizer.num_steps * accumulation)
+    for step, micro_batches in enumerate(zip(*[source] * accumulation, strict=True), start + 1):
+        state, metrics = step_function(state, micro_batches, key)
+        yield step, state, metrics
 
 
-def _stacked(source: Iterator[PackedBatch], count: int) -> Iterator[PackedBatch]:
-    while micro := list(itertools.islice(source, count)):
-        yield PackedBatch(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))
+class _Ledger:
+    """Checks, logs and reports steps in order, one behind the device, which so never waits for the host."""
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokens: int,
+        saved: Checkpoints,
+        log: Log,
+        report_progress: Progress | None,
+    ) -> None:
+        self._config = config
+        self._tokens = tokens
+        """Of a gradient step."""
+        self._saved = saved
+        self._log = log
+        self._report_progress = report_progress
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-def _check_finite(
-    values: Mapping[str, float], step: int, folder: records.RunFolder, saved: Checkpoints
-) -> None:
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"Loss, gradient and parameters must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, "
-            f"batch index {step - 1}. Last good checkpoint: step {saved.latest_step or 'none'} in "
-            f"{folder.checkpoints_path}. Lower optimizer.learning_rate or check the data with `bpt-rl data verify`."
-        )
+    def begin(self, start: int) -> None:
+        """Starts the clock after `start` steps."""
+        self._logged, self._began = start, time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that may still be running; settles those before it."""
+        self.settle()
+        self._pending = [(step, metrics)]
+
+    def settle(self) -> None:
+        """Waits for the metrics taken; checks, logs and reports them.
+
+        Raises:
+          FloatingPointError: If one is not finite.
+        """
+        for step, metrics in self._pending:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self._check_finite(step, values)
+            num_steps = self._config.optimizer.num_steps
+            if step % self._config.log_every == 0 or step == num_steps:
+                values |= self._progress(step)
+                self._log({"step": step, **values})
+            if self._report_progress:
+                self._report_progress(step, num_steps, values)
+        self._pending = []
+
+    def _progress(self, step: int) -> dict[str, float]:
+        num_tokens, elapsed = (step - self._logged) * self._tokens, time.perf_counter() - self._began
+        self.begin(step)
+        return {
+            "tokens": float(step * self._tokens),
+            "tokens_per_second": num_tokens / elapsed,
+        }
+
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"Loss, gradient and parameters must stay finite; got {bad[0]} {values[bad[0]]} at step {step}, "
+                f"batch index {step - 1}. Last good checkpoint: step {self._saved.latest_step or 'none'} in "
+                f"{records.RunFolder(Path(self._config.run)).checkpoints_path}. Lower optimizer.learning_rate or "
+                "check the data with `bpt-rl data verify`."
+            )
 
 
 def _check_continuation(
@@ -238,13 +293,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_description(
-    config: TrainConfig, folder: records.RunFolder, statistics: Mapping[str, Any], start: int, command: str
+    config: TrainConfig,
+    folder: records.RunFolder,
+    statistics: Mapping[str, Any],
+    start: int,
+    facts: Mapping[str, Any],
 ) -> None:
     records.write_atomically(folder.config_path, config_toml.to_toml(config))
     records.write_json(folder.path / "statistics.json", statistics)
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    records.write_json(
-        folder.path / "versions.json", records.versions() | {"command": command, "device": device}
-    )
+    records.write_json(folder.path / "versions.json", records.versions() | {"device": device, **facts})
     kept = [line for line in folder.metrics() if line["step"] <= start]
     records.write_atomically(folder.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
