@@ -8,6 +8,7 @@ Source: Yarats et al. 2022 (ExoRL), `custom_dmc_tasks/jaco.py` of the public cod
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,11 +35,14 @@ _TIME_LIMIT = 10.0
 
 def load(goal: str, seed: int) -> composer.Environment:
     """Returns the environment that rewards reaching `goal`, a key of `GOALS`."""
-    task = Reach(GOALS[goal], seed)
-    # The model never changes, so that it need not be compiled for each episode.
-    return composer.Environment(
-        task, time_limit=_TIME_LIMIT, random_state=task.random, recompile_mjcf_every_episode=False
-    )
+    with warnings.catch_warnings():
+        # Importing composer makes Python show every deprecation, those of dm_control included.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        task = Reach(GOALS[goal], seed)
+        # The model never changes, so that it need not be compiled for each episode.
+        return composer.Environment(
+            task, time_limit=_TIME_LIMIT, random_state=task.random, recompile_mjcf_every_episode=False
+        )
 
 
 class Reach(composer.Task):  # type: ignore[misc]  # dm_control carries no types
