@@ -118,6 +118,11 @@ def canonical_name(task: str) -> str:
     return found.task if found else task
 
 
+def is_of_this_process(task: str) -> bool:
+    """Returns whether a task is the bare name of a registered function, which other processes do not know."""
+    return task in _registered
+
+
 def register(task: str, function: Formula) -> RewardFunction:
     """Makes a user's own function the reward of `task` in this process; see the module for what it takes.
 

@@ -16,7 +16,7 @@ from dm_env import specs
 from gymnasium.vector import VectorEnv
 from jaxtyping import Float
 
-from bpt_rl.envs import processes
+from bpt_rl.envs import processes, reward_functions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,14 +100,24 @@ def tasks_of(domain: str) -> tuple[str, ...]:
 def domain_of(task: str) -> str:
     """Returns the domain that a task belongs to.
 
+    Args:
+      task: A named one, or in any spelling of `bpt_rl.envs.reward_functions`.
+
     Raises:
-      ValueError: If the task is unknown; the nearest known one is named.
+      FileNotFoundError: If the task names a file that is not there.
+      ValueError: If the task is unknown, and the nearest known one is named, or it is malformed.
     """
     for name, domain in DOMAINS.items():
         if task in domain.tasks:
             return name
+    reward_function = reward_functions.find(task)
+    if reward_function:
+        return reward_function.domain
     known = [task for domain in DOMAINS.values() for task in domain.tasks]
-    raise ValueError(f"A task must be one of {', '.join(known)}; got {task!r}. {_nearest(task, known)}")
+    raise ValueError(
+        f"A task must be one of {', '.join(known)}, of a family like walker_speed(speed=4), or a function of "
+        f"your own, FILE.py:NAME; got {task!r}. {_nearest(task, known)}"
+    )
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -199,7 +209,8 @@ def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
     """Returns the environment of a task.
 
     Args:
-      task: Like "walker_run".
+      task: Like "walker_run", or in any spelling of `bpt_rl.envs.reward_functions`; body and start states are
+        then those of the domain's base task (`bpt_rl.envs.formula_task.BASES`).
       seed: Of the start states, in [0, 2**32). Equal seeds give equal episodes.
       action_repeat: Control steps an action is held for; an episode then has that many times fewer steps.
 
@@ -224,6 +235,13 @@ def make(task: str, seed: int, action_repeat: int = 1) -> Environment:
 
 def _load(domain: str, task: str, seed: int) -> Any:
     # dm_control takes most of a second to import, so that each module with a simulator waits until here.
+    reward_function = None if task in DOMAINS[domain].tasks else reward_functions.find(task)
+    if reward_function:
+        from bpt_rl.envs import formula_task
+
+        environment = _load(domain, formula_task.BASES[domain], seed)
+        formula_task.replace_reward(environment, reward_function)
+        return environment
     name = task.removeprefix(f"{domain}_")
     if domain == "jaco":
         from bpt_rl.envs import jaco
@@ -251,14 +269,15 @@ def make_vector(
     returns the first observation of the next one, and `infos["final_obs"]` holds the last of the old.
 
     Args:
-      task: Like "walker_run".
+      task: Like "walker_run", or any other that `make` takes; each process loads the file of FILE.py:NAME.
       num_environments: N.
       seed: Environment i draws its start states from (seed, i) alone, however the N are grouped.
       action_repeat: Control steps an action is held for.
       num_workers: Simulator processes; 0 means one a core, and there are never more than environments.
 
     Raises:
-      ValueError: If the task is unknown or a number is out of range.
+      ValueError: If the task is unknown or a number is out of range, or the task is a function that only this
+        process knows.
       ImportError: If MuJoCo is of a version that dm_control cannot work with.
       RuntimeError: If a simulator process fails to start.
     """
@@ -266,6 +285,11 @@ def make_vector(
     from bpt_rl.envs.vector import DMCVectorEnv
 
     domain_of(task)
+    if reward_functions.is_of_this_process(task):
+        raise ValueError(
+            "Simulator processes must be able to load a reward function; "
+            f"{task!r} is registered in this process only. Write the task as FILE.py:{task}."
+        )
     require_mujoco()
     if num_environments < 1 or action_repeat < 1:
         raise ValueError(
