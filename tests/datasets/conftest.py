@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from bpt_rl.config import CollectConfig, DownloadConfig
+from bpt_rl.config import BuildConfig, CollectConfig, DownloadConfig
 from bpt_rl.datasets import exorl
+from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.catalogue import Archive
 from bpt_rl.run.collect import record_episode
 from bpt_rl.types import Trajectory
@@ -176,3 +177,32 @@ def target(tmp_path):
 @pytest.fixture
 def part(target):
     return target.with_name(".icm.zip.part")
+
+
+SHORT_LENGTHS = (12, 9, 10, 12, 8, 12, 11, 12)
+"""Steps of the episodes of `short_store`."""
+
+
+def piece(trajectory: Trajectory, start: int, num_steps: int) -> Trajectory:
+    """Steps from the midst of an episode, as an episode of their own."""
+    columns = {key: np.array(getattr(trajectory, key)[start : start + num_steps + 1]) for key in exorl.KEYS}
+    columns["action"][0] = 0
+    columns["reward"][0] = 0
+    return dataclasses.replace(trajectory, **columns)
+
+
+@pytest.fixture(scope="session")
+def short_store(episodes, tmp_path_factory):
+    """Path of a store of eight short episodes of real physics, built for cartpole_swingup alone."""
+    folder = tmp_path_factory.mktemp("short") / "cartpole" / "buffer"
+    folder.mkdir(parents=True)
+    # Episodes 0 and 1 of the fixture have 40 and 60 steps.
+    places = [(0, 0), (0, 13), (0, 27), (1, 0), (1, 12), (1, 24), (1, 36), (1, 48)]
+    for i, ((source, start), length) in enumerate(zip(places, SHORT_LENGTHS, strict=True)):
+        exorl.write_episode(folder / f"episode_{i:06d}_{length}.npz", piece(episodes[source], start, length))
+    tasks = ("cartpole_swingup",)
+    return build_store(
+        BuildConfig(
+            source=(str(folder),), out=str(folder / "store.h5"), tasks=tasks, domain="cartpole", num_workers=1
+        )
+    )

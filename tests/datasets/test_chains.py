@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bpt_rl.datasets.chains import build_chain, reaches, returns_to_go
+from bpt_rl.datasets.chains import build_chain, collected_returns, reaches, returns_to_go
 from bpt_rl.types import Trajectory
 
 FIELDS = (
@@ -137,19 +137,48 @@ def test_no_flag_per_episode_in_a_window_that_ends_before_its_episode():
 
 
 def test_return_that_misses_the_target_by_rounding_alone_reaches_it():
-    # float32 0.1 is 0.1 + 1.5e-9, so that a thousand of them exceed 100 by 1.5e-6.
-    rounded = trajectory([0.1] * 1000)
-    chain = build_chain([trajectory([100.0]), trajectory([99.99]), rounded], "task")
-    assert 100 < chain.target_return < 100.00001
-    np.testing.assert_array_equal(np.flatnonzero(chain.completion), [1, 1001])
+    # 997 times float32 0.1 is one float32 step more than 99.7.
+    chain = build_chain([trajectory([99.7]), trajectory([99.69]), trajectory([0.1] * 997)], "task")
+    assert chain.target_return == float(np.nextafter(np.float32(99.7), np.float32(100)))
+    np.testing.assert_array_equal(np.flatnonzero(chain.completion), [1, 998])
 
 
-def test_returns_to_go_lose_nothing_over_long_episodes():
+def test_the_best_of_a_chain_always_reaches_its_own_target():
+    generator = np.random.default_rng(4)
+    for scale in (1e-3, 1.0, 1e3, -1.0):
+        chains = [[trajectory(scale * generator.random(100)) for _ in range(3)] for _ in range(10)]
+        for chain in (build_chain(trajectories, "task") for trajectories in chains):
+            assert chain.completion[-1] == 1
+
+
+def test_returns_to_go_drift_no_further_over_long_episodes():
     reward = np.full(100_000, 0.1, np.float32)
     got = returns_to_go(reward)
     expected = np.float64(np.float32(0.1)) * np.arange(len(reward), 0, -1)
-    # One rounding to float32; a sum in float32 would drift by 1e-3.
-    np.testing.assert_allclose(got, expected, rtol=1e-7)
+    # Three roundings to float32 of numbers up to 10,000; a sum in float32 would drift by 1.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-7 * 10_000)
+
+
+def test_returns_to_go_are_one_float32_subtraction_of_what_was_collected():
+    generator = np.random.default_rng(5)
+    reward = generator.normal(size=(3, 200)).astype(np.float32)
+    collected = collected_returns(reward)
+    plain = [[sum(row[:t].tolist()) for t in range(201)] for row in reward]
+    np.testing.assert_array_equal(collected, np.array(plain).astype(np.float32))
+    for row, sums in zip(reward, collected, strict=True):
+        np.testing.assert_array_equal(returns_to_go(row, 7.1), np.float32(7.1) - sums[:-1])
+        np.testing.assert_array_equal(returns_to_go(row), sums[-1] - sums[:-1])
+
+
+def test_no_return_to_go_is_subnormal():
+    # Far from Jaco's goal rewards fall below every normal float32.
+    reward = np.float32(2.0) ** np.arange(-149, -60, dtype=np.float32)
+    for target in (None, 1e-40, 2.0**-100, float(reward.sum())):
+        nonzero = np.abs(returns_to_go(reward, target))
+        assert nonzero[nonzero > 0].min(initial=1) >= np.finfo(np.float32).smallest_normal
+    np.testing.assert_array_equal(
+        collected_returns(np.array([1e-38, 1e-30], np.float32)), [0, 0, np.float32(1e-30)]
+    )
 
 
 def test_target_below_zero_is_reached_by_a_larger_return_only():

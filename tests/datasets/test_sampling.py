@@ -1,54 +1,27 @@
-import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from bpt_rl.config import BuildConfig, DataConfig
-from bpt_rl.datasets import chains, exorl, sampling
-from bpt_rl.datasets.build import build_store
+from bpt_rl.config import DataConfig
+from bpt_rl.datasets import chains
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
+from bpt_rl.types import PackedBatch
 
 TASK = "cartpole_swingup"
 LENGTHS = (12, 9, 10, 12, 8, 12, 11, 12)
 
 
-def piece(trajectory, start, num_steps):
-    """Steps from the midst of an episode, as an episode of their own."""
-    columns = {key: np.array(getattr(trajectory, key)[start : start + num_steps + 1]) for key in exorl.KEYS}
-    columns["action"][0] = 0
-    columns["reward"][0] = 0
-    return dataclasses.replace(trajectory, **columns)
-
-
 @pytest.fixture(scope="module")
-def store(episodes, tmp_path_factory):
-    """Eight short episodes of real physics."""
-    folder = tmp_path_factory.mktemp("short") / "cartpole" / "buffer"
-    folder.mkdir(parents=True)
-    # Episodes 0 and 1 of the fixture have 40 and 60 steps.
-    places = [(0, 0), (0, 13), (0, 27), (1, 0), (1, 12), (1, 24), (1, 36), (1, 48)]
-    for i, ((source, start), length) in enumerate(zip(places, LENGTHS, strict=True)):
-        exorl.write_episode(folder / f"episode_{i:06d}_{length}.npz", piece(episodes[source], start, length))
-    config = BuildConfig(
-        source=(str(folder),), out=str(folder / "store.h5"), tasks=(TASK,), domain="cartpole", num_workers=1
-    )
-    with Store.open(build_store(config)) as built:
-        yield built
+def store(short_store):
+    with Store.open(short_store) as opened:
+        yield opened
 
 
-def counting(method, calls):
-    def counted(self, index):
-        calls.append(index)
-        return method(self, index)
-
-    return counted
-
-
-def make_sampler(store, seed=0, layout="fused", **changes):
+def make_sampler(store, seed=0, layout="fused", process_index=0, num_processes=1, **changes):
     config = DataConfig(**({"task": TASK, "num_trajectories": 3, "batch_size": 2} | changes))
-    return ChainSampler(store, config, layout, seed)
+    return ChainSampler(store, config, layout, seed, process_index=process_index, num_processes=num_processes)
 
 
 def check_equal(first, second):
@@ -177,18 +150,39 @@ def test_prefetched_batches_are_those_of_the_sampler_from_any_start(store):
             check_equal(batch, sampler.batch(k))
 
 
-def test_memory_for_episodes_is_bounded_and_changes_nothing(store, monkeypatch):
-    all_in_one = {"num_trajectories": 8, "batch_size": 1}
-    expected, read = make_sampler(store, **all_in_one).batch(0), []
-    monkeypatch.setattr(Store, "episode", counting(Store.episode, read))
-    # Of 13 rows of 5 observations, 1 action, 1 discount and 2 rewards, 4 bytes each; of the longest episode.
-    for num_kept, num_read in ((1, 16), (8, 8)):
-        monkeypatch.setattr(sampling, "CACHE_BYTES", num_kept * 13 * 9 * 4)
-        read.clear()
-        sampler = make_sampler(store, **all_in_one)
-        for _ in range(2):
-            check_equal(sampler.batch(0), expected)
-        assert len(read) == num_read
+def stacked(shares):
+    return PackedBatch(*(np.concatenate(arrays) for arrays in zip(*shares, strict=True)))
+
+
+@pytest.mark.parametrize("place", ["accelerator", "host", "stream"])
+def test_shares_of_processes_one_below_the_other_are_the_whole_batch(store, place):
+    # Four shorter episodes go into a row made for three of the longest: a later chain may come before an earlier
+    # one, and the last row stay empty.
+    changes = {"num_trajectories": 1, "batch_size": 12, "context_length": 42, "place": place}
+    sampler, empty = make_sampler(store, **changes), 0
+    for num_processes in (2, 4):
+        shares = [
+            make_sampler(store, **changes, process_index=i, num_processes=num_processes)
+            for i in range(num_processes)
+        ]
+        assert {share.num_rows for share in shares} == {4 // num_processes}
+        for k in range(5):
+            whole = sampler.batch(k)
+            check_equal(stacked([share.batch(k) for share in shares]), whole)
+            empty += not np.asarray(whole.segment_ids)[-1].any()
+    assert 0 < empty < 10
+
+
+def test_processes_that_cannot_share_rows_equally_are_refused(store):
+    with pytest.raises(ValueError, match=r"got 5 rows for 2 processes\. Use a batch_size"):
+        make_sampler(store, batch_size=5, num_processes=2)
+
+
+def test_only_episodes_that_may_be_drawn_need_room(store):
+    # The best two of eight; 13 rows of 5 observations, 1 action, 1 reward and its sum, 4 bytes each.
+    lengths = np.array(LENGTHS)[ranks(store) >= 6]
+    sampler = make_sampler(store, num_trajectories=2, top_fraction=0.25)
+    assert sampler.choice.num_bytes == 2 * (lengths.max() + 1) * (5 + 1 + 1 + 1) * 4
 
 
 @pytest.mark.parametrize(
