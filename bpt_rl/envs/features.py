@@ -70,8 +70,8 @@ def recomputed_observation(
     All entries of cartpole, cheetah, point_mass_maze and walker; of the quadruped not the accelerometer, forces and
     torques (48 to 50, 54 to 77), of jaco not the torques (12 to 17): they depend on contacts and the control.
 
-    An observation recorded with this MuJoCo agrees to float32's rounding, 1e-7 of a value's size. Another version
-    adds up in another order, which moves values within 1e-5.
+    An observation recorded with the same MuJoCo agrees to float32's rounding, 2.4e-7 of a value's size. Versions may
+    add up in another order: allow for 1e-5.
 
     Args:
       domain: Like "walker".
