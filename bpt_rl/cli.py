@@ -40,7 +40,10 @@ def _train(call: Call) -> None:
         def report(step: int, total: int, values: Mapping[str, float]) -> None:
             advance(step, total, note=f"loss {values['loss']:.4f}")
 
-        folder = train(config, report, command=call.command)
+        def announce(line: str) -> None:
+            print(line, file=sys.stderr)
+
+        folder = train(config, report, announce=announce, command=call.command)
     print(f"Run: {folder.path}")
 
 
