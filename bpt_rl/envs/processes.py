@@ -4,8 +4,10 @@ import collections
 import concurrent.futures
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -43,10 +45,7 @@ def map_in_order(
     context = multiprocessing.get_context("spawn")
     remaining = iter(items)
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    # Ctrl-C reaches the whole process group; this process is the one to end the others.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow_parent)
     with pool:
         try:
             pending.extend(
@@ -63,3 +62,17 @@ def map_in_order(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    # Ctrl-C reaches the whole process group; the parent is the one to end the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent is gone: a killed one tells nobody, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,6 +1,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +36,21 @@ def test_an_error_comes_through_as_it_is(num_workers):
 def test_a_process_that_dies_is_reported():
     with pytest.raises(RuntimeError, match="one died, perhaps out of memory"):
         list(map_in_order(signal.raise_signal, [signal.SIGKILL, 0], num_workers=2))
+
+
+PARENT = """
+import os, signal, time
+from bpt_rl.envs.processes import map_in_order
+
+if __name__ == "__main__":
+    for _ in map_in_order(time.sleep, [0.1, 0.1, 0.1, 60], num_workers=2):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_process_outlives_a_parent_that_was_killed(tmp_path):
+    """Whether one waits for work or is in the middle of it. Each holds the pipe that is read here to its end."""
+    path = tmp_path / "parent.py"
+    path.write_text(PARENT)
+    done = subprocess.run([sys.executable, path], capture_output=True, timeout=20, check=False)
+    assert done.returncode == -signal.SIGKILL
