@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV): about a minute, 1.2 GB.'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --upgrade 'pip>=24'
-	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --editable '.[dev,video]'
+	@PYTHONWARNINGS=ignore $(PIP) install --constraint constraints.txt --editable '.[dev,video,minari]'
 	@# Python 3.13 and newer only, a no-op before: pyproject.toml says why.
 	@$(PIP) install --constraint constraints.txt --no-deps dm_control
 	@touch $@

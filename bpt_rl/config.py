@@ -253,7 +253,8 @@ class BuildConfig:
     """Relabelling episodes into an HDF5 store."""
 
     source: tuple[str, ...] = ("data/exorl/walker/ornstein_uhlenbeck/buffer",)
-    """Folders or zips of episodes, all of one domain, read one after another."""
+    """Folders or zips of episodes, all of one domain, read one after another; or minari:DATASET_ID, one Minari
+    dataset with Box spaces, whose actions are mapped from their bounds to [-1, 1], those outside to the nearest."""
     out: str = "data/store.h5"
     tasks: tuple[str, ...] = ()
     """Tasks to relabel; none means every named task of the domain."""
@@ -271,6 +272,17 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _positive(self, "action_repeat")
         _not_negative(self, "num_workers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Writing a store as a Minari dataset."""
+
+    task: str = ""
+    """Task whose rewards the dataset holds; none means the first of the store."""
+    dataset_id: str = ""
+    """NAMESPACE/NAME-vNUMBER in the folder that $MINARI_DATASETS_PATH names, else ~/.minari/datasets; none means one
+    made of source, subset and task."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

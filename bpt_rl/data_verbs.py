@@ -64,6 +64,21 @@ def _build(call: Call) -> None:
     print(f"Store: {path}")
 
 
+def _export(call: Call) -> None:
+    paths, options = split(call, "the path of a store")
+    config = parse(config_lib.ExportConfig, call, options)
+    if len(paths) > 1:
+        raise ValueError(
+            f"`bpt-rl {call.name}` needs one store; got {' '.join(paths)}. Example: {call.verb.example}"
+        )
+    from bpt_rl.datasets.minari_export import export_store
+    from bpt_rl.run.console import Stages
+
+    with Stages(1) as stages, stages.stage(f"export {paths[0]}") as advance:
+        done = export_store(paths[0], config, advance)
+    print(f"Minari dataset: {done.dataset_id}, {done.num_episodes} episodes in {done.path}")
+
+
 def _info(call: Call) -> None:
     paths, options = split(call, "the path of a store")
     config = parse(InfoOptions, call, options)
@@ -80,7 +95,9 @@ def _verify(call: Call) -> None:
     paths, options = split(call, "the path of a store, or of a folder or zip of episodes")
     config = parse(VerifyOptions, call, options)
     from bpt_rl.datasets.build import domain_and_tasks
+    from bpt_rl.datasets.store import Store
     from bpt_rl.datasets.verification import verify_episodes, verify_store
+    from bpt_rl.envs.tasks import DOMAINS
     from bpt_rl.run.console import Stages
 
     workers = {"num_workers": config.num_workers}
@@ -94,7 +111,10 @@ def _verify(call: Call) -> None:
                     said = f"readable, finite, and each {domain} observation that of its state"
                 else:
                     count = verify_store(path, report_progress=advance, **workers)
-                    said = "every byte matches its digest, and each observation is that of its state"
+                    with Store.open(path) as store:
+                        is_simulated = store.domain in DOMAINS
+                    said = "every byte matches its digest"
+                    said += ", and each observation is that of its state" if is_simulated else ""
             print(f"{path}: {count} episodes, {said}.")
 
 
@@ -140,6 +160,12 @@ DATA_VERBS: Mapping[str, Verb] = {
         "Relabel episodes for tasks of their domain into an HDF5 store.",
         "[options]",
         "bpt-rl data build --source data/exorl/walker/rnd --tasks walker_run --out data/walker.h5",
+    ),
+    "data export": Verb(
+        _export,
+        "Write a store as a Minari dataset, with the rewards of one task.",
+        "STORE [options]",
+        "bpt-rl data export data/walker.h5 --task walker_run --dataset-id walker/rnd-walker_run-v0",
     ),
     "data info": Verb(
         _info,

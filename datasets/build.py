@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 def build_store(config: BuildConfig, report_progress: Callable[[int, int], None] | None = None) -> Path:
-    """Returns the path of a store built from folders or zips of episodes.
+    """Returns the path of a store built from folders or zips of episodes, or from a Minari dataset.
 
     Each process reads one episode at a time, and a zip is never unpacked, so that memory stays small whatever
     the size. What is done lies in hidden files beside the store until it is whole; killed or interrupted, the
@@ -49,6 +49,11 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
       OSError: If the store cannot be written. What is done is kept.
       BlockingIOError: If another process builds the same store.
     """
+    if any(source.startswith("minari:") for source in config.source):
+        # Not above: it imports this module.
+        from bpt_rl.datasets.minari_build import build_from_minari
+
+        return build_from_minari(config, report_progress)
     tasks.require_mujoco()
     domain, task_names = domain_and_tasks(config)
     try:

@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from bpt_rl.config import AblateConfig, TrainConfig
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
-from bpt_rl.run.evaluate import evaluate_run
+from bpt_rl.run.evaluate import check_simulated, evaluate_run
 from bpt_rl.run.train import train
 
 Progress = Callable[[int, int], None]
@@ -66,10 +66,11 @@ def ablate(
 
     Raises:
       FileNotFoundError: If the store does not exist.
-      ValueError: If the grid has no whole batches, or a cell was begun with another configuration or data.
+      ValueError: If the grid has no whole batches, the task has no simulator, or a cell was begun with another configuration or data.
     """
     grid = list(cells(config))
     with Store.open(config.train.data.store) as store:
+        check_simulated(config.train.data.task, store.source)
         digest = store.digest
     num_steps = config.train.optimizer.num_steps
     for index, cell in enumerate(grid):

@@ -17,6 +17,7 @@ from bpt_rl.agents.base import Agent, Params, Policy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.datasets.minari_source import UNSIMULATED
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run import protocols, records
 from bpt_rl.run.checkpoint import Checkpoints
@@ -96,6 +97,19 @@ def evaluate(
     )
 
 
+def check_simulated(task: str, source: str) -> None:
+    """Checks that data are not those of a Minari dataset whose task has no simulator here.
+
+    Raises:
+      ValueError: If they are.
+    """
+    if source.startswith(UNSIMULATED):
+        raise ValueError(
+            f"A run can be evaluated only where its task can be simulated; there is no simulator for {task} of the "
+            f"Minari dataset {source.removeprefix(UNSIMULATED)}. Roll its policy out in an environment of your own."
+        )
+
+
 def load_params(folder: records.RunFolder) -> tuple[Agent, Params, int]:
     """Returns the agent of a run, its newest parameters and their gradient step.
 
@@ -161,6 +175,7 @@ def evaluate_run(
     """
     folder = records.RunFolder(path)
     trained, statistics = folder.config(), folder.statistics()
+    check_simulated(statistics.task, statistics.source)
     agent, params, step = load_params(folder)
     num_episodes = num_episodes_of(config, trained)
     target, rule = target_of(config, statistics)
