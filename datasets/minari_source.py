@@ -143,7 +143,8 @@ class MinariSource:
         """
         try:
             return self._trajectory(self._dataset[index], int(self.num_steps[index]))
-        except ValueError as error:
+        except Exception as error:
+            # Damage to HDF5 has many kinds of error.
             raise ValueError(
                 f"Episode {index} of the Minari dataset {self._dataset.id} cannot be used: {error}"
             ) from error

@@ -78,9 +78,11 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # HDF5 gives a report of several lines for a reason.
+        reason = os.strerror(error.errno) if error.errno else error
         raise OSError(
             error.errno,
-            f"A file must be written whole; {path} was not: {error.strerror}. Free space or use another.",
+            f"A file must be written whole; {path} was not: {reason}. Free space or use another.",
         ) from error
 
 

@@ -66,11 +66,12 @@ def ablate(
 
     Raises:
       FileNotFoundError: If the store does not exist.
-      ValueError: If the grid has no whole batches, the task has no simulator, or a cell was begun with another configuration or data.
+      ValueError: If the grid has no whole batches, the task has no simulator, or a cell was begun with another
+        configuration or data.
     """
     grid = list(cells(config))
     with Store.open(config.train.data.store) as store:
-        check_simulated(config.train.data.task, store.source)
+        check_simulated(store.source)
         digest = store.digest
     num_steps = config.train.optimizer.num_steps
     for index, cell in enumerate(grid):

@@ -97,16 +97,16 @@ def evaluate(
     )
 
 
-def check_simulated(task: str, source: str) -> None:
-    """Checks that data are not those of a Minari dataset whose task has no simulator here.
+def check_simulated(source: str) -> None:
+    """Checks that a store's source is not a Minari dataset whose task has no simulator here.
 
     Raises:
-      ValueError: If they are.
+      ValueError: If it is one.
     """
     if source.startswith(UNSIMULATED):
         raise ValueError(
-            f"A run can be evaluated only where its task can be simulated; there is no simulator for {task} of the "
-            f"Minari dataset {source.removeprefix(UNSIMULATED)}. Roll its policy out in an environment of your own."
+            "A run can be evaluated only where its task can be simulated; there is no simulator for the Minari "
+            f"dataset {source.removeprefix(UNSIMULATED)}. Give `bpt_rl.run.evaluate.evaluate` environments of yours."
         )
 
 
@@ -175,7 +175,7 @@ def evaluate_run(
     """
     folder = records.RunFolder(path)
     trained, statistics = folder.config(), folder.statistics()
-    check_simulated(statistics.task, statistics.source)
+    check_simulated(statistics.source)
     agent, params, step = load_params(folder)
     num_episodes = num_episodes_of(config, trained)
     target, rule = target_of(config, statistics)
