@@ -88,7 +88,7 @@ def _header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     shape, is_fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be loaded")
-    if dtype.kind not in _PLAIN_KINDS or dtype.subdtype is not None or dtype.itemsize == 0:
+    if dtype.kind not in _PLAIN_KINDS or dtype.itemsize == 0:
         raise ValueError(f"an array is of type {dtype}, not a plain one")
     num_bytes = dtype.itemsize
     for length in shape:

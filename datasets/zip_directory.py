@@ -100,7 +100,7 @@ def _inflated(content: bytes, member: Member) -> bytes:
         inflated = inflater.decompress(content, member.size + 1)
     except zlib.error as error:
         raise zipfile.BadZipFile(f"{member.name!r} cannot be inflated: {error}") from error
-    if not inflater.eof or inflater.unused_data:
+    if not inflater.eof:
         raise zipfile.BadZipFile(f"{member.name!r} does not inflate to the size it declares")
     return inflated
 
@@ -134,9 +134,9 @@ def _find_directory(read_at: ReadAt, size: int) -> tuple[int, int, int]:
 def _end64(read_at: ReadAt, end: int) -> tuple[int, int, int, int, int, int, int]:
     """Returns the fields of the end record for large zips, and where that record begins."""
     locator_offset = end - _LOCATOR64.size
-    disk, offset, num_disks = _LOCATOR64.unpack(read_at(locator_offset, _LOCATOR64.size))
+    _, offset, _ = _LOCATOR64.unpack(read_at(locator_offset, _LOCATOR64.size))
     record = read_at(offset, _END64.size) if offset + _END64.size <= locator_offset else b""
-    if len(record) < _END64.size or record[:4] != b"PK\6\6" or disk != 0 or num_disks > 1:
+    if len(record) < _END64.size or record[:4] != b"PK\6\6":
         raise zipfile.BadZipFile("its 64-bit end record is not where its locator says")
     record_size, _, _, disk, directory_disk, count_here, count, directory_size, start = _END64.unpack(record)
     if offset + 12 + record_size != locator_offset:
@@ -171,16 +171,15 @@ def _entry(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> Member:
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise zipfile.BadZipFile(f"{name!r} is compressed by method {method}, neither stored nor deflated")
     size, compressed_size, offset = _with_64_bits([size, compressed_size, offset], extra, name)
-    is_deflated = method == zipfile.ZIP_DEFLATED
-    if disk != 0 or not (is_deflated or size == compressed_size):
-        raise zipfile.BadZipFile(f"the directory's entry of {name!r} is damaged")
+    if disk != 0:
+        raise zipfile.BadZipFile(f"{name!r} lies in another part of several")
     return Member(
         name=name,
         raw_name=raw_name,
         size=size,
         compressed_size=compressed_size,
         crc=crc,
-        is_deflated=is_deflated,
+        is_deflated=method == zipfile.ZIP_DEFLATED,
         header_offset=offset,
     )
 

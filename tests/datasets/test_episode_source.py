@@ -83,9 +83,8 @@ def test_the_fingerprint_of_a_zip_changes_with_its_episodes_alone(buffer, tmp_pa
         zipped(tmp_path / "c.zip", buffer, NAMES[:2]),
         zipped(tmp_path / "d.zip", buffer, inner="other/"),
     ]
-    shutil.copy(buffer / NAMES[0], buffer / "other.npz")
-    with np.load(buffer / NAMES[0]) as file:
-        np.savez_compressed(buffer / NAMES[0], **{**file, "reward": file["reward"] + 1})
+    content = (buffer / NAMES[0]).read_bytes()
+    (buffer / NAMES[0]).write_bytes(content[::-1])
     others.append(zipped(tmp_path / "e.zip", buffer))
     assert len({original, *map(fingerprint, others)}) == 4
 
@@ -181,6 +180,14 @@ def test_an_episode_above_the_largest_size_is_refused_before_it_is_read(
         exorl.read_episode(buffer / NAMES[1])
     with pytest.raises(ValueError, match=rf"at most {size - 1} bytes; the opened file has {size}"):
         exorl.read_episode(io.BytesIO((buffer / NAMES[1]).read_bytes()))
+
+
+def test_the_largest_size_holds_for_the_bytes_in_the_zip_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(episode_layout, "LARGEST_EPISODE", 1000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(NAMES[0], os.urandom(1000))
+    with pytest.raises(ValueError, match=rf"at most 1000 bytes; .*a\.zip/{NAMES[0]} has 1005"):
+        EpisodeSource.open(tmp_path / "a.zip")
 
 
 def test_a_huge_sparse_file_is_refused_before_it_is_read(tmp_path):

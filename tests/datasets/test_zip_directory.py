@@ -33,7 +33,7 @@ def zip_of(*members, compression=zipfile.ZIP_DEFLATED, comment=b"", file=None):
 
 def read(content):
     def read_at(offset, size):
-        assert offset >= 0 and size >= 0
+        assert 0 <= offset <= len(content) and size >= 0
         return content[offset : offset + size]
 
     members = zip_directory.read_directory(read_at, len(content))
@@ -54,6 +54,10 @@ def test_members_are_those_that_zipfile_reads(compression, comment):
 def test_a_zip_written_to_a_pipe_is_read():
     members = random_members()
     assert read(zip_of(*members, file=Streamed())) == dict(members)
+
+
+def test_a_name_not_marked_as_utf_8_is_read_as_cp437():
+    assert read(zip_of(("a_b", b"x")).replace(b"a_b", b"a\x81b")) == {"aüb": b"x"}
 
 
 @pytest.mark.parametrize(("limit", "compression"), [(0, zipfile.ZIP_STORED), (100, zipfile.ZIP_DEFLATED)])
@@ -129,7 +133,7 @@ END = {"disk": 4, "count_here": 8, "count": 10, "size": 12, "offset": 16, "comme
         (b"PK\1\2", CENTRAL["size"], b"\6", "Bad CRC-32 or size for 'first'"),
         (b"PK\1\2", CENTRAL["compressed_size"], b"\2", "'first' does not inflate to the size it declares"),
         (b"PK\1\2", CENTRAL["compressed_size"], b"\xff", "'first' overlaps 'second'"),
-        (b"PK\1\2", CENTRAL["disk"], b"\1", "entry of 'first' is damaged"),
+        (b"PK\1\2", CENTRAL["disk"], b"\1", "'first' lies in another part of several"),
         (b"PK\1\2", CENTRAL["offset"], b"\1", "'first' is not where the directory says"),
         (b"PK\1\2", CENTRAL["offset"], b"\xff\xff\xff\x7f", "'first' is not where the directory says"),
         (b"PK\1\2", CENTRAL["offset"], b"\xff\xff\xff\xff", "'first' lacks its 64-bit size or offset"),
