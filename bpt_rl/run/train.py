@@ -167,8 +167,7 @@ def train(
             announce(f"Episodes are kept in place {sampler.choice}.")
         log = stack.enter_context(open_loggers(config, folder))
         tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
-        ledger = _Ledger(config, tokens, saved, log, report_progress)
-        ledger.begin(start)
+        ledger = Ledger(config, tokens, saved, log, report_progress)
         for step, reached, metrics in _steps(config, agent, optimizer, state, sampler):
             ledger.add(step, metrics)
             if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
@@ -200,7 +199,7 @@ def _steps(
         yield step, state, metrics
 
 
-class _Ledger:
+class Ledger:
     """Checks, logs and reports steps in order, one behind the device, which so never waits for the host."""
 
     def __init__(
@@ -211,17 +210,22 @@ class _Ledger:
         log: Log,
         report_progress: Progress | None,
     ) -> None:
+        """Starts the clock.
+
+        Args:
+          config: Of the run.
+          tokens: Of a gradient step.
+          saved: Named when a step is bad.
+          log: Takes a line every `log_every` steps.
+          report_progress: Told of every step.
+        """
         self._config = config
         self._tokens = tokens
-        """Of a gradient step."""
         self._saved = saved
         self._log = log
         self._report_progress = report_progress
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-
-    def begin(self, start: int) -> None:
-        """Starts the clock after `start` steps."""
-        self._logged, self._began = start, time.perf_counter()
+        self._began, self._steps_since = time.perf_counter(), 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that may still be running; settles those before it."""
@@ -237,21 +241,20 @@ class _Ledger:
         for step, metrics in self._pending:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self._check_finite(step, values)
+            self._steps_since += 1
             num_steps = self._config.optimizer.num_steps
             if step % self._config.log_every == 0 or step == num_steps:
-                values |= self._progress(step)
+                values |= {"tokens": float(step * self._tokens), "tokens_per_second": self._speed()}
                 self._log({"step": step, **values})
             if self._report_progress:
                 self._report_progress(step, num_steps, values)
         self._pending = []
 
-    def _progress(self, step: int) -> dict[str, float]:
-        num_tokens, elapsed = (step - self._logged) * self._tokens, time.perf_counter() - self._began
-        self.begin(step)
-        return {
-            "tokens": float(step * self._tokens),
-            "tokens_per_second": num_tokens / elapsed,
-        }
+    def _speed(self) -> float:
+        now = time.perf_counter()
+        speed = self._steps_since * self._tokens / (now - self._began)
+        self._began, self._steps_since = now, 0
+        return speed
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bpt_rl.datasets.chains import Chain
-from bpt_rl.datasets.packing import STEP_FIELDS, pack, steps_of
+from bpt_rl.datasets.packing import STEP_FIELDS, first_fit, pack, steps_of
 from bpt_rl.types import LAYOUTS
 
 
@@ -88,6 +88,23 @@ def test_a_row_is_opened_only_for_what_fits_nowhere():
     batch = pack(make_chains([4, 4, 1, 2, 1]), 5, layout="fused")
     np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 2], [1, 1, 1, 1, 2], [1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.reward[:, -1], [92, 122, 0])
+
+
+def plain_first_fit(lengths, steps):
+    used, placed = [0] * len(lengths), []
+    for length in lengths:
+        row = min(r for r, taken in enumerate(used) if taken + length <= steps)
+        placed.append((row, used[row]))
+        used[row] += length
+    return placed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_row_with_room_is_taken(seed):
+    generator = np.random.default_rng(seed)
+    steps = int(generator.integers(4, 40))
+    lengths = generator.integers(1, steps + 1, generator.integers(1, 60)).tolist()
+    assert first_fit(lengths, steps) == plain_first_fit(lengths, steps)
 
 
 def test_errors_say_what_does_not_fit():

@@ -10,11 +10,12 @@ import pytest
 
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import BuildConfig, OptimizerConfig
+from bpt_rl.datasets import capacity
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
-from bpt_rl.run.train import init_state, make_optimizer, make_schedule, train, train_step
+from bpt_rl.run.train import Ledger, init_state, make_optimizer, make_schedule, train, train_step
 from bpt_rl.types import PackedBatch
 
 STEPS = OptimizerConfig(num_steps=8, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, clip_norm=5.0)
@@ -218,6 +219,48 @@ def test_nothing_that_is_not_finite_is_ever_saved(tiny, tmp_path):
     assert '"step": 2' not in (folder / "metrics.jsonl").read_text()
     with pytest.raises(FloatingPointError, match=r"at step 2.*Last good checkpoint: step none in"):
         train(tiny(tmp_path / "rare", checkpoint_every=5, **broken))
+
+
+def test_a_run_may_change_its_place_and_ends_with_the_same_bits(
+    tiny, trained, tmp_path, read_state, assert_same_bits
+):
+    for place, stop in (("stream", 3), ("host", 5)):
+        with pytest.raises(InterruptionError):
+            train(tiny(tmp_path / "at", place=place), interrupt_at(stop))
+    announced = []
+    folder = train(tiny(tmp_path / "at", place="accelerator"), announce=announced.append)
+    assert_same_bits(read_state(folder), read_state(trained))
+    assert without_clock(folder) == without_clock(trained)
+    kept = folder.versions()["data"]
+    # Six episodes of 51 rows of 5 observations, 1 action, 1 reward and its sum, 4 bytes each.
+    assert (kept["place"], kept["num_bytes"]) == ("accelerator", 6 * 51 * 8 * 4)
+    assert announced == ["Episodes are kept in place accelerator: asked for; episodes of 0.00934 MiB."]
+
+
+def test_a_place_without_room_is_refused_before_a_folder_is_made(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(capacity, "measure", lambda: capacity.Capacity(accelerator=None, host=9000))
+    with pytest.raises(ValueError, match=r"got data\.place 'host', .* Use data\.place stream, or auto"):
+        train(tiny(tmp_path / "at", place="host"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ledger_is_one_step_behind_until_it_is_settled(tiny, tmp_path):
+    lines, reported = [], []
+    with Checkpoints(tmp_path) as saved:
+        ledger = Ledger(
+            tiny(tmp_path, log_every=2), 10, saved, lines.append, lambda *told: reported.append(told)
+        )
+        for step in (1, 2, 3):
+            assert [told[:2] for told in reported] == [(k, 6) for k in range(1, step - 1)]
+            ledger.add(step, {"loss": jax.numpy.float32(step)})
+        assert [line["step"] for line in lines] == [2]
+        ledger.settle()
+        ledger.settle()
+        assert [(told[0], told[2]["loss"]) for told in reported] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+        ledger.add(4, {"loss": jax.numpy.float32(np.nan)})
+        with pytest.raises(FloatingPointError, match="got loss nan at step 4"):
+            ledger.add(5, {"loss": jax.numpy.float32(0)})
+        assert ([line["step"] for line in lines], len(reported)) == ([2], 3)
 
 
 @pytest.mark.parametrize(
