@@ -63,4 +63,4 @@ class FormulaReward:
         if hasattr(self.task, "get_observation"):
             return tasks.flat_observation(self.task.get_observation(physics))
         observables = self.task.observables.items()
-        return tasks.flat_observation({name: value(physics) for name, value in observables if value.enabled})
+        return tasks.flat_observation({name: measure(physics) for name, measure in observables})

@@ -89,7 +89,6 @@ def _model(domain: str, site: str) -> Any:
     environment = tasks.make(tasks.tasks_of(domain)[0], seed=0)
     single = environment.physics.model.ptr
     specification = mujoco.MjSpec()
-    specification.compiler.degree = False
     for k in range(NUM_REPLICAS):
         _add_copy(specification, single, f"{k}/", site)
     model = specification.compile()
@@ -116,10 +115,7 @@ def _add_copy(specification: Any, single: Any, prefix: str, site: str) -> None:
         bodies.append(body)
         for j in range(int(compiled.jntadr[0]), int(compiled.jntadr[0]) + int(compiled.jntnum[0])):
             joint = single.joint(j)
-            kind = mujoco.mjtJoint(int(joint.type[0]))
-            # A free joint has no zero to measure from.
-            zero = joint.qpos0[0] if len(joint.qpos0) == 1 else 0.0
-            body.add_joint(type=kind, pos=joint.pos, axis=joint.axis, ref=zero)
+            body.add_joint(type=mujoco.mjtJoint(int(joint.type[0])), pos=joint.pos, axis=joint.axis)
     if site:
         compiled = single.site(site)
         name = f"{prefix}{site}"

@@ -143,13 +143,12 @@ def register(task: str, function: Formula) -> RewardFunction:
 
 
 def _owned(task: str, function: Formula, origin: str) -> RewardFunction:
-    domains = [domain for domain in NAMED if task.startswith(f"{domain}_")]
-    if not domains or not task.isidentifier():
+    domain = next((domain for domain in NAMED if task.startswith(f"{domain}_")), None)
+    if domain is None or not task.isidentifier():
         raise ValueError(
             f"A reward function must be named after its domain, one of {', '.join(NAMED)}; got {task!r}. "
             "Choose a name like 'walker_crouch'."
         )
-    domain = max(domains, key=len)
     if task in FAMILIES or task.removeprefix(f"{domain}_") in NAMED[domain]:
         raise ValueError(
             f"A reward function must have a name of its own; {task!r} is one of this package's. Rename it."

@@ -189,7 +189,7 @@ def test_a_registered_function_relabels_an_episode(episode):
     assert canonical_name("walker_crouch") == "walker_crouch"
 
 
-def test_a_functions_domain_is_the_longest_that_its_name_begins_with():
+def test_a_functions_domain_is_what_its_name_begins_with():
     assert register("point_mass_maze_centre", lambda f, o, a: f["x"]).domain == "point_mass_maze"
 
 
