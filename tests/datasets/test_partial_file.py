@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import shutil
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import pytest
 
 from bpt_rl.datasets.catalogue import Archive
 from bpt_rl.datasets.download import download
+from bpt_rl.datasets.partial_file import PartialFile
 
 COMMAND = str(Path(sys.executable).with_name("bpt-rl"))
 UNKNOWN = Archive(domain="walker", collector="icm")
@@ -35,8 +38,39 @@ def test_a_partial_file_of_unknown_origin_is_not_gone_on_with(server, known, con
     part.write_bytes(server.other_zip[:1000])
     if note is not None:
         part.with_name(f"{part.name}.json").write_text(note)
+    server.script.append(server.status(503))
+    with pytest.raises(OSError, match=r"\. 0 bytes are kept"):
+        download(known, replace(config, num_tries=1))
     download(known, config)
-    assert (target.read_bytes(), server.requests) == (server.zip, [("GET", None)])
+    assert (target.read_bytes(), server.requests) == (server.zip, [("GET", None)] * 2)
+
+
+def test_a_zip_that_another_process_finishes_meanwhile_is_only_checked(
+    server, known, config, target, part, monkeypatch
+):
+    real = fcntl.flock
+
+    def lock(file, operation):
+        # The other process lets the lock go once the zip is in its place.
+        if not target.exists():
+            part.write_bytes(server.zip)
+            part.replace(target)
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    assert not download(known, config).is_new
+    assert (target.read_bytes(), list(target.parent.iterdir())) == (server.zip, [target])
+    assert server.requests == []
+
+
+def test_a_disk_that_takes_few_bytes_at_a_time_gets_them_all(tmp_path):
+    class Slow(FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    with Slow(tmp_path / ".zip.part", "a+") as file:
+        PartialFile(tmp_path / "zip", file).append(bytes(range(256)))
+    assert (tmp_path / ".zip.part").read_bytes() == bytes(range(256))
 
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(server, known, config, target, monkeypatch):
