@@ -1,5 +1,6 @@
 """What a long piece of work has done so far, one line of JSON an entry, kept through kills."""
 
+import errno
 import fcntl
 import json
 import os
@@ -29,10 +30,20 @@ class Journal:
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_name()
             self._read(header)
         except BaseException:
             self._file.close()
             raise
+
+    def _check_name(self) -> None:
+        """Checks that the locked file is still the one at the path: whoever had it may just have removed it."""
+        try:
+            is_same = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise BlockingIOError(errno.EWOULDBLOCK, "The journal was just removed", str(self.path))
 
     def _read(self, header: Mapping[str, Any]) -> None:
         self._file.seek(0)
@@ -42,8 +53,15 @@ class Journal:
         if not whole or whole[0] != _line(header):
             self.clear(header)
             return
-        self.entries = [json.loads(line) for line in whole[1:]]
-        os.ftruncate(self._file.fileno(), sum(len(line) + 1 for line in whole))
+        num_bytes = len(whole[0]) + 1
+        for line in whole[1:]:
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError:
+                # A machine that lost power; what it still knew of is good.
+                break
+            num_bytes += len(line) + 1
+        os.ftruncate(self._file.fileno(), num_bytes)
 
     def clear(self, header: Mapping[str, Any]) -> None:
         """Forgets every entry and begins with a new header."""

@@ -14,11 +14,8 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from bpt_rl.datasets.store_format import (
-    COLUMNS,
-    FORMAT_VERSION,
-    attributes_digest,
-)
+from bpt_rl.datasets.store_format import COLUMNS, FORMAT_VERSION
+from bpt_rl.datasets.store_seal import seal_fault
 from bpt_rl.envs import reward_functions, rewards
 from bpt_rl.types import DataStatistics, Trajectory
 
@@ -50,38 +47,17 @@ class Store:
             raise FileNotFoundError(
                 f"A store must be a file that `bpt-rl data build` wrote; none is at {path}. Build it first."
             )
-        try:
-            file = h5py.File(path, "r")
-        except OSError as error:
-            raise ValueError(
-                f"A store must be a whole HDF5 file; {path} is not: {error}. Build it again."
-            ) from error
-        store = cls(file, path)
-        try:
-            fault = store._layout_fault()
-        except Exception as error:
-            # HDF5 and h5py answer damage with errors of many kinds.
-            fault = f"cannot be read: {error}"
+        fault = seal_fault(path)
         if fault:
-            store.close()
-            raise ValueError(f"A store must hold what the builder wrote; {path} {fault}. Build it again.")
-        return store
-
-    def _layout_fault(self) -> str:
-        version = self._file.attrs.get("format_version")
-        if version is None:
-            return "has no format version, so that it is no store"
+            raise ValueError(f"A store must be as the builder wrote it; {path} {fault}. Build it again.")
+        file = h5py.File(path, "r")
+        version = file.attrs["format_version"]
         if version != FORMAT_VERSION:
-            return f"has format version {version} and not {FORMAT_VERSION}"
-        if attributes_digest(self._file.attrs) != self._text("attributes_digest"):
-            return "has attributes that do not match their digest"
-        stored = [f"{kind}/{task}" for task in self.tasks for kind in ("reward", "return")]
-        names = [*COLUMNS, *stored, "length", "name", "digest"]
-        counts = {len(self._file[name]) for name in names}
-        rows = {self._file[name].shape[1] for name in names if self._file[name].ndim > 1}
-        if len(counts) != 1 or rows != {int(self.lengths.max()) + 1}:
-            return f"has arrays of {sorted(counts)} episodes and {sorted(rows)} rows"
-        return ""
+            file.close()
+            raise ValueError(
+                f"A store must have format version {FORMAT_VERSION}; {path} has {version}. Build it again."
+            )
+        return cls(file, path)
 
     def _text(self, name: str) -> str:
         return bytes(self._file.attrs[name]).decode()
@@ -163,12 +139,12 @@ class Store:
     @property
     def episode_names(self) -> tuple[str, ...]:
         """Source and file that each episode came from, like "walker/rnd/episode_000017_1000.npz"."""
-        return tuple(bytes(name).decode("utf-8", "replace") for name in self._file["name"])
+        return tuple(bytes(name).decode("utf-8", "replace") for name in self._file["name"][:])
 
     @property
     def episode_digests(self) -> tuple[str, ...]:
         """SHA-256 of each episode's arrays."""
-        return tuple(bytes(digest).decode("ascii", "replace") for digest in self._file["digest"])
+        return tuple(bytes(digest).decode("ascii", "replace") for digest in self._file["digest"][:])
 
     @property
     def subset_digest(self) -> str:

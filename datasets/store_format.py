@@ -8,9 +8,7 @@ Axes: E episodes, T1 rows of the longest; shorter ones are padded with zeros.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -57,16 +55,5 @@ def subset_digest(names: Sequence[str]) -> str:
 
 
 def fixed_text(text: str) -> Shaped[np.ndarray, ""]:
-    """Returns text as an attribute of fixed length.
-
-    HDF5 keeps text of variable length without a checksum, and one wrong bit there makes it read for ever.
-    """
+    """Returns text as an attribute of fixed length, which is written in place."""
     return np.array(text.encode(), f"S{max(1, len(text.encode()))}")
-
-
-def attributes_digest(attributes: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a store's attributes but for this digest itself."""
-    values = {
-        key: np.asarray(value).tolist() for key, value in attributes.items() if key != "attributes_digest"
-    }
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=bytes.decode).encode()).hexdigest()

@@ -6,6 +6,7 @@ arrays to each other.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,12 @@ import h5py
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from bpt_rl.datasets.store_format import attributes_digest, columns_of, episode_digest
+from bpt_rl.datasets.store_format import columns_of, episode_digest, fixed_text
+from bpt_rl.datasets.store_seal import Gap, seal
 from bpt_rl.datasets.whole_file import PatientFile, explained, sync_folder
 from bpt_rl.types import Trajectory
+
+_NO_DIGEST = fixed_text("0" * 64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,14 +42,23 @@ class Layout:
     path: str
     out: str
     """Name that the file gets when it is whole; errors speak of it."""
+    num_episodes: int
+    """E."""
     rows: int
     """T1: of the longest episode."""
     columns: Mapping[str, Column]
 
-    def _place(self, name: str, index: int) -> int:
+    def _size(self, name: str) -> int:
+        """Returns the bytes of one episode's array, padded."""
         column = self.columns[name]
-        row_bytes = int(np.prod(column.shape, dtype=np.int64)) * np.dtype(column.dtype).itemsize
-        return column.offset + index * self.rows * row_bytes
+        return math.prod((self.rows, *column.shape)) * np.dtype(column.dtype).itemsize
+
+    def _place(self, name: str, index: int) -> int:
+        return self.columns[name].offset + index * self._size(name)
+
+    def gaps(self) -> list[Gap]:
+        """Returns where the episodes' arrays lie."""
+        return [Gap(self._place(name, 0), self.num_episodes * self._size(name)) for name in self.columns]
 
     def write(self, index: int, trajectory: Trajectory) -> str:
         """Writes an episode to its place and returns its digest.
@@ -88,7 +101,13 @@ def _write_at(descriptor: int, values: Shaped[np.ndarray, "T1 ..."], place: int)
 
 
 def create(
-    path: Path, out: Path, first: Trajectory, *, lengths: Int[np.ndarray, "E"], names: Sequence[str]
+    path: Path,
+    out: Path,
+    first: Trajectory,
+    *,
+    lengths: Int[np.ndarray, "E"],
+    names: Sequence[str],
+    attributes: Mapping[str, Any],
 ) -> Layout:
     """Returns the layout of a new file at `path`, whose size on disk is then reserved.
 
@@ -98,6 +117,7 @@ def create(
       first: An episode with the columns and tasks of all.
       lengths: Agent steps of every episode.
       names: Of every episode.
+      attributes: Of the store; `finish` adds its digest.
 
     Raises:
       OSError: If there is no room.
@@ -120,11 +140,14 @@ def create(
             file["length"] = lengths
             file["name"] = np.array([name.encode() for name in names])
             file.create_dataset("digest", (len(lengths),), "S64")
+            for name, value in attributes.items():
+                file.attrs[name] = value
+            file.attrs["digest"] = _NO_DIGEST
         raw.check()
         size = raw.seek(0, os.SEEK_END)
         os.posix_fallocate(raw.fileno(), 0, size)
         os.fsync(raw.fileno())
-    return Layout(path=str(path), out=str(out), rows=rows, columns=columns)
+    return Layout(path=str(path), out=str(out), num_episodes=len(lengths), rows=rows, columns=columns)
 
 
 def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
@@ -147,10 +170,10 @@ def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
     return int(places[0])
 
 
-def finish(
-    layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "..."]], attributes: Mapping[str, Any]
-) -> None:
+def finish(layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "..."]], digest: str) -> None:
     """Fills in what only the whole store has, makes sure of every byte on disk, and gives the file its name.
+
+    Nothing changes its place or size, so that it can be done again after a kill and gives the same bytes.
 
     Raises:
       OSError: If it cannot be written.
@@ -160,9 +183,8 @@ def finish(
         with h5py.File(raw, "r+") as file:
             for name, values in arrays.items():
                 file[name][...] = values
-            for name, value in attributes.items():
-                file.attrs[name] = value
-            file.attrs["attributes_digest"] = np.bytes_(attributes_digest(file.attrs))
+            file.attrs.modify("digest", fixed_text(digest))
+        seal(raw, layout.gaps())
         raw.check()
         os.fsync(raw.fileno())
         path.replace(out)

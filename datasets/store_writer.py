@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -53,12 +55,27 @@ class StorePlan:
 
     def header(self) -> dict[str, Any]:
         """Returns what a build must have in common with an interrupted one to go on with its work."""
-        fields = {
-            name: getattr(self, name)
-            for name in ("domain", "source", "tasks", "action_repeat", "fingerprint")
+        names = ("domain", "source", "subset", "tasks", "action_repeat", "feature_names", "fingerprint")
+        return {name: getattr(self, name) for name in names} | {
+            "episodes": subset_digest(self.episode_names),
+            "steps": self.num_steps.tolist(),
+            "format_version": FORMAT_VERSION,
+            **versions(),
         }
-        lengths = self.num_steps.tolist()
-        return fields | {"episodes": subset_digest(self.episode_names), "steps": lengths, **versions()}
+
+    def attributes(self) -> dict[str, Any]:
+        """Returns what the store says of itself, but for the digest of its content."""
+        return {
+            "domain": fixed_text(self.domain),
+            "source": fixed_text(self.source),
+            "subset": fixed_text(self.subset),
+            "subset_digest": fixed_text(subset_digest(self.episode_names)),
+            "tasks": np.array([task.encode() for task in self.tasks]),
+            "features": np.array([name.encode() for name in self.feature_names], "S"),
+            "action_repeat": self.action_repeat,
+            "format_version": FORMAT_VERSION,
+            "versions": fixed_text(json.dumps(versions())),
+        }
 
 
 class _Done(NamedTuple):
@@ -97,12 +114,11 @@ def write_store(
     """
     with explained(plan.out):
         plan.out.parent.mkdir(parents=True, exist_ok=True)
-    part = plan.out.with_name(f".{plan.out.name}.building")
     with _journal(plan) as journal:
         try:
-            layout, done = _resumed(plan, journal, part, num_workers)
+            layout, done = _resumed(plan, journal, num_workers)
             if layout is None:
-                layout = _begun(plan, journal, part, prepare(items[0]))
+                layout = _begun(plan, journal, prepare(items[0]))
             report_progress(len(done))
             missing = [(i, item) for i, item in enumerate(items) if i not in done]
             write = functools.partial(_write_one, prepare=prepare, layout=layout)
@@ -113,7 +129,7 @@ def write_store(
             _finish(plan, layout, [done[i] for i in range(len(items))])
         except ValueError:
             # Its input must change before the store can be built, and then this is no part of it.
-            part.unlink(missing_ok=True)
+            _discard_parts(plan.out)
             journal.remove()
             raise
         journal.remove()
@@ -135,15 +151,33 @@ def _journal(plan: StorePlan) -> Iterator[Journal]:
         yield journal
 
 
-def _begun(plan: StorePlan, journal: Journal, part: Path, first: Trajectory) -> Layout:
+def _begun(plan: StorePlan, journal: Journal, first: Trajectory) -> Layout:
+    _discard_parts(plan.out)
+    # A name that no other build has: a worker of a killed one may still be about to write.
+    part = plan.out.with_name(f".{plan.out.name}.{secrets.token_hex(4)}.building")
     try:
-        layout = create(part, plan.out, first, lengths=plan.num_steps, names=plan.episode_names)
+        layout = create(
+            part,
+            plan.out,
+            first,
+            lengths=plan.num_steps,
+            names=plan.episode_names,
+            attributes=plan.attributes(),
+        )
     except OSError:
         part.unlink(missing_ok=True)
         journal.remove()
         raise
     journal.append({"layout": dataclasses.asdict(layout)})
     return layout
+
+
+def _discard_parts(out: Path) -> None:
+    """Deletes what builds of this store that cannot be gone on with have left."""
+    of_this = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.building")
+    for path in out.parent.iterdir():
+        if of_this.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _write_one(item: tuple[int, Any], *, prepare: Callable[[Any], Trajectory], layout: Layout) -> _Done:
@@ -154,14 +188,12 @@ def _write_one(item: tuple[int, Any], *, prepare: Callable[[Any], Trajectory], l
     return _Done(index, digest, {task: float(np.float32(value)) for task, value in returns.items()})
 
 
-def _resumed(
-    plan: StorePlan, journal: Journal, part: Path, num_workers: int
-) -> tuple[Layout | None, dict[int, _Done]]:
+def _resumed(plan: StorePlan, journal: Journal, num_workers: int) -> tuple[Layout | None, dict[int, _Done]]:
     """Returns what an interrupted build left that is still as it was written."""
-    if not journal.entries or not _is_sound(part):
+    layout = _layout(journal.entries[0]["layout"], plan) if journal.entries else None
+    if layout is None or not _is_sound(layout.path):
         journal.clear(plan.header())
         return None, {}
-    layout = _layout(journal.entries[0]["layout"], plan, part)
     entries = [_Done(**entry) for entry in journal.entries[1:]]
     places = [(entry.episode, int(plan.num_steps[entry.episode]), entry.digest) for entry in entries]
     # A machine that lost power may have kept the journal and lost what it tells of.
@@ -170,20 +202,22 @@ def _resumed(
     return layout, {entry.episode: entry for entry, is_there in zip(entries, there, strict=True) if is_there}
 
 
-def _is_sound(part: Path) -> bool:
+def _is_sound(path: str) -> bool:
     try:
-        h5py.File(part, "r").close()
+        h5py.File(path, "r").close()
     except OSError:
         return False
     return True
 
 
-def _layout(values: Mapping[str, Any], plan: StorePlan, part: Path) -> Layout:
+def _layout(values: Mapping[str, Any], plan: StorePlan) -> Layout:
     columns = {
         name: Column(dtype=column["dtype"], shape=tuple(column["shape"]), offset=column["offset"])
         for name, column in values["columns"].items()
     }
-    return Layout(path=str(part), out=str(plan.out), rows=values["rows"], columns=columns)
+    # The folder may have been moved since.
+    path = plan.out.with_name(Path(values["path"]).name)
+    return Layout(**{**values, "path": str(path), "out": str(plan.out), "columns": columns})
 
 
 def _is_there(place: tuple[int, int, str], *, layout: Layout) -> bool:
@@ -202,19 +236,7 @@ def _finish(plan: StorePlan, layout: Layout, done: Sequence[_Done]) -> None:
     arrays |= {
         f"return/{task}": np.array([one.returns[task] for one in done], np.float32) for task in plan.tasks
     }
-    attributes = {
-        "domain": fixed_text(plan.domain),
-        "source": fixed_text(plan.source),
-        "subset": fixed_text(plan.subset),
-        "subset_digest": fixed_text(subset_digest(plan.episode_names)),
-        "tasks": np.array([task.encode() for task in plan.tasks]),
-        "features": np.array([name.encode() for name in plan.feature_names], "S"),
-        "action_repeat": plan.action_repeat,
-        "format_version": FORMAT_VERSION,
-        "versions": fixed_text(json.dumps(versions())),
-        "digest": fixed_text(store_digest(digests, plan.tasks, plan.action_repeat)),
-    }
-    finish(layout, arrays, attributes)
+    finish(layout, arrays, store_digest(digests, plan.tasks, plan.action_repeat))
 
 
 def moments(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from bpt_rl.config import BuildConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.datasets.build import build_store, domain_and_tasks
 from bpt_rl.datasets.store import Store
+from bpt_rl.datasets.store_layout import Column, Layout
+from bpt_rl.datasets.verification import verify_store
 from bpt_rl.envs import features, rewards, tasks
 
 
@@ -218,15 +221,15 @@ from bpt_rl.config import BuildConfig
 from bpt_rl.datasets.build import build_store
 
 def die(done, total):
-    if done == {done}:
+    if done == {done!r}:
         os.kill(os.getpid(), signal.SIGKILL)
 
 build_store(BuildConfig(source=({source!r},), out={out!r}, num_workers=1), die)
 """
 
 
-def kill_after(done, folder, out):
-    script = KILL.format(done=done, source=str(folder), out=str(out))
+def kill_after(done, folder, out, before=""):
+    script = before + KILL.format(done=done, source=str(folder), out=str(out))
     killed = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
     assert killed.returncode == -9
 
@@ -247,10 +250,58 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
     assert list(out.parent.iterdir()) == [out]
 
 
+KILL_AT_RENAMING = """
+import os, pathlib, signal
+pathlib.Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_build_killed_while_it_finishes_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
+    whole = build_store(config_of(folder, tmp_path, out=str(tmp_path / "whole.h5"))).read_bytes()
+    out = tmp_path / "killed" / "s.h5"
+    for _ in range(2):
+        kill_after("never", folder, out, before=KILL_AT_RENAMING)
+    progress = []
+    build_store(config_of(folder, tmp_path, out=str(out)), lambda *counts: progress.append(counts))
+    assert progress == [(3, 3)]
+    assert out.read_bytes() == whole
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_worker_that_outlives_its_build_cannot_write_into_the_next_one(folder, episodes, tmp_path):
+    out = tmp_path / "s.h5"
+    kill_after(1, folder, out)
+    layout = json.loads((tmp_path / ".s.h5.journal").read_text().splitlines()[1])["layout"]
+    columns = {
+        name: Column(**column | {"shape": tuple(column["shape"])})
+        for name, column in layout["columns"].items()
+    }
+    old = Layout(**layout | {"columns": columns})
+    with Store.open(build_store(config_of(folder, tmp_path, out=str(tmp_path / "whole.h5")))) as built:
+        episode = built.episode(1)
+    late = []
+
+    def write_late(done, total):
+        with pytest.raises(FileNotFoundError):
+            old.write(1, episode)
+        late.append(done)
+
+    build_store(config_of(folder, tmp_path, tasks=("cartpole_balance",)), write_late)
+    assert late == [0, 1, 2, 3]
+    assert verify_store(out, num_workers=1) == 3
+
+
+def test_a_killed_build_of_the_same_episodes_under_another_name_begins_anew(folder, tmp_path):
+    kill_after(2, folder, tmp_path / "s.h5")
+    config = config_of(folder, tmp_path, subset="first-3-episodes")
+    again = config_of(folder, tmp_path, subset="first-3-episodes", out=str(tmp_path / "whole.h5"))
+    assert build_store(config).read_bytes() == build_store(again).read_bytes()
+
+
 def test_a_killed_build_keeps_nothing_that_is_not_as_it_was_written(folder, tmp_path):
     out = tmp_path / "s.h5"
     kill_after(2, folder, out)
-    part = tmp_path / ".s.h5.building"
+    [part] = tmp_path.glob(".s.h5.*.building")
     content = bytearray(part.read_bytes())
     with Store.open(build_store(config_of(folder, tmp_path, out=str(tmp_path / "whole.h5")))) as built:
         second = built.block(("observation",), 1, 2)["observation"][0, 5].tobytes()

@@ -1,3 +1,4 @@
+import fcntl
 import subprocess
 import sys
 
@@ -53,3 +54,31 @@ def test_two_cannot_do_the_same_work(tmp_path):
             Journal(path, HEADER)
     with Journal(path, HEADER) as journal:
         assert journal.entries == [{"i": 0}]
+
+
+def test_what_follows_a_line_that_cannot_be_read_is_forgotten(tmp_path):
+    path = tmp_path / "journal"
+    with Journal(path, HEADER) as journal:
+        for i in range(3):
+            journal.append({"i": i})
+    # As a machine that lost power may leave it: a block of zeros.
+    path.write_bytes(path.read_bytes().replace(b'{"i": 1}', b"\0" * 8))
+    with Journal(path, HEADER) as journal:
+        assert journal.entries == [{"i": 0}]
+        journal.append({"i": 5})
+    with Journal(path, HEADER) as journal:
+        assert journal.entries == [{"i": 0}, {"i": 5}]
+
+
+def test_a_journal_that_was_removed_while_it_was_opened_is_not_worked_with(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    lock = fcntl.flock
+
+    def finish_and_lock(*arguments):
+        path.unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finish_and_lock)
+    with pytest.raises(BlockingIOError, match="just removed"):
+        Journal(path, HEADER)
+    assert not path.exists()

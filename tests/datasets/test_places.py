@@ -5,7 +5,6 @@ import functools
 import itertools
 import shutil
 
-import h5py
 import jax
 import numpy as np
 import pytest
@@ -147,10 +146,10 @@ def test_only_the_stream_reads_the_file_after_the_first_batch(short_store, tmp_p
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_rewards_that_are_not_finite_are_refused_in_every_place(short_store, tmp_path, place):
+def test_rewards_that_are_not_finite_are_refused_in_every_place(short_store, edited, tmp_path, place):
     path = tmp_path / "store.h5"
     shutil.copy(short_store, path)
-    with h5py.File(path, "r+") as file:
+    with edited(path) as file:
         file["reward/cartpole_swingup"][3, 5] = np.nan
     with Store.open(path) as store:
         config = DataConfig(task="cartpole_swingup", num_trajectories=8, batch_size=1, place=place)
