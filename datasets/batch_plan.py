@@ -124,14 +124,16 @@ def assemble(plan: BatchPlan, columns: Columns, num_rows: int, steps_per_row: in
     num_cells = num_rows * steps_per_row
     begin = np.minimum(plan.row * steps_per_row + plan.offset, num_cells)
     begin[0] = 0  # It is, unless all the rows are empty.
-    sizes = np.diff(begin, append=num_cells)  # With the padding behind each entry.
-    cuts = np.stack([plan.episode_index, plan.start, plan.num_steps, sizes - plan.num_steps], axis=1).tolist()
+    sizes = np.append(begin[1:], num_cells) - begin  # With the padding behind each entry.
+    gaps = sizes - plan.num_steps
+    numbers = (plan.episode_index, plan.start, plan.start + plan.num_steps, gaps)
+    cuts = list(zip(*(values.tolist() for values in numbers), strict=True))
 
     def join(name: str, ahead: int) -> np.ndarray:
         episodes, pieces = columns[name], []
-        for index, start, num_steps, gap in cuts:
+        for index, start, stop, gap in cuts:
             values = episodes[index]
-            pieces.append(values[start + ahead : start + ahead + num_steps])
+            pieces.append(values[start + ahead : stop + ahead])
             if gap:
                 pieces.append(np.broadcast_to(np.float32(0), (gap, *values.shape[1:])))
         return np.concatenate(pieces)
@@ -150,7 +152,7 @@ def assemble(plan: BatchPlan, columns: Columns, num_rows: int, steps_per_row: in
         segment_ids=np.repeat(plan.segment_id, sizes),
         loss_mask=np.repeat(plan.counts, sizes),
     )
-    for i in np.flatnonzero(sizes - plan.num_steps):
+    for i in np.flatnonzero(gaps):
         for array in flat:
             array[begin[i] + plan.num_steps[i] : begin[i] + sizes[i]] = 0
     return PackedBatch(*(x.reshape(num_rows, steps_per_row, *x.shape[1:]) for x in flat))
