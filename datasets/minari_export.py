@@ -114,8 +114,8 @@ def _check_room(path: Path, store: Store) -> None:
     # HDF5 cannot be relied on to close a file that it failed to write.
     row = store.block((*INFOS, "observation", "action"), 0, 1)
     row_bytes = sum(values[0, 0].nbytes for values in row.values()) + np.dtype(np.float32).itemsize + 2
-    # Chunks and structures add a seventh to long episodes, and 20 kB to each.
-    needed = 1.25 * row_bytes * int((store.lengths + 1).sum()) + 24_000 * store.num_episodes
+    # Padded chunks add a seventh to long episodes, structures 20 kB to each.
+    needed = 1.25 * row_bytes * int((store.lengths + 1).sum()) + 32_000 * store.num_episodes
     free = shutil.disk_usage(get_dataset_path()).free
     if needed > free:
         raise OSError(
