@@ -91,7 +91,7 @@ def relabel_by_simulation(
 ) -> Float32[np.ndarray, "T1"]:
     """Returns what `relabel` returns, by putting each state into dm_control's simulator and asking its task.
 
-    Some hundred times slower: the oracle that formulas are held to, and the way for a task without one. The
+    Thirty times slower and more: the oracle that formulas are held to, and the way for a task without one. The
     action that led to a state is set too: the cartpole's and the maze's rewards read the control, so that the
     state alone gives a wrong one.
 

@@ -41,6 +41,8 @@ def record_wild(task, num_states=60, seed=0):
     step = environment.reset()
     rows = [(tasks.physics_state(environment), step.observation, 0.0)]
     for t, a in enumerate(action[1:]):
+        if step.last():
+            environment.reset()
         physics = environment.physics
         physics.set_state(wild_state(task, physics, generator, is_near_goal=t % 2 == 0))
         physics.forward()
