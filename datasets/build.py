@@ -98,12 +98,14 @@ def _source(path: str, fingerprint: str) -> EpisodeSource:
 
 
 def domain_and_tasks(config: BuildConfig) -> tuple[str, tuple[str, ...]]:
-    """Returns the domain and tasks that a configuration asks for.
+    """Returns the domain and tasks that a configuration asks for, each task once in its canonical spelling.
 
     The domain is that of the tasks, or `config.domain`, or the last part of the source's path that names one.
 
     Raises:
-      ValueError: If a name is unknown, they disagree, or nothing says the domain.
+      FileNotFoundError: If a task names a file that is not there.
+      ValueError: If a name is unknown, they disagree, nothing says the domain, or a task is a function of the
+        user's own.
     """
     named = {tasks.domain_of(task) for task in config.tasks} | ({config.domain} if config.domain else set())
     if len(named) > 1:
@@ -119,7 +121,18 @@ def domain_and_tasks(config: BuildConfig) -> tuple[str, tuple[str, ...]]:
             f"Set tasks, or domain to one of {', '.join(tasks.DOMAINS)}."
         )
     [domain] = named
-    return domain, tuple(dict.fromkeys(config.tasks)) or tasks.tasks_of(domain)
+    return domain, tuple(dict.fromkeys(map(_stored_name, config.tasks))) or tasks.tasks_of(domain)
+
+
+def _stored_name(task: str) -> str:
+    reward_function = reward_functions.find(task)
+    if reward_function and reward_function.origin:
+        # Under its bare name it would go stale unnoticed when the function changes.
+        raise ValueError(
+            "A store must be built without functions of your own: one of action_repeat 1 computes their rewards "
+            f"as it is read; got {task!r}. Leave it out of tasks, and set domain if no task is left."
+        )
+    return reward_function.task if reward_function else task
 
 
 def _domain_on_path(source: str) -> str | None:

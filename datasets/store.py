@@ -171,10 +171,22 @@ class Store:
 
     def _column(self, name: str, episodes: slice) -> Shaped[np.ndarray, "_ T1 ..."]:
         kind, _, task = name.partition("/")
-        if kind == "reward" and task not in self.tasks:
-            return self._computed_reward(task, episodes)
+        if kind == "reward":
+            stored = self._stored_name(task)
+            if stored is None:
+                return self._computed_reward(task, episodes)
+            name = f"reward/{stored}"
         values: np.ndarray = self._file[name][episodes]
         return values
+
+    def _stored_name(self, task: str) -> str | None:
+        """Returns the name of a stored task, however it is spelt; None if it is not stored."""
+        names = self.tasks
+        if task in names:
+            return task
+        found = reward_functions.find(task)
+        # A user's own function may bear a stored task's name and be another one.
+        return found.task if found and not found.origin and found.task in names else None
 
     def _computed_reward(self, task: str, episodes: slice) -> Float[np.ndarray, "_ T1"]:
         self.check_task(task)
@@ -190,7 +202,7 @@ class Store:
         Raises:
           ValueError: If the store was built without the task and cannot compute its reward.
         """
-        if task in self.tasks:
+        if self._stored_name(task):
             return
         function = reward_functions.find(task)
         if function is None or function.domain != self.domain:
@@ -201,7 +213,8 @@ class Store:
         if self.action_repeat > 1:
             raise ValueError(
                 f"Only a store of action_repeat 1 can compute rewards it was not built with; {self.path} has "
-                f"action_repeat {self.action_repeat}, and got {task!r}. Build a store with that task."
+                f"action_repeat {self.action_repeat}, and got {task!r}. Build a store with that task, or of "
+                "action_repeat 1."
             )
 
     def episode(self, index: int) -> Trajectory:
@@ -225,8 +238,9 @@ class Store:
         Raises:
           ValueError: If the store can give no reward of the task.
         """
-        if task in self.tasks:
-            stored: np.ndarray = self._file["return"][task][:]
+        name = self._stored_name(task)
+        if name:
+            stored: np.ndarray = self._file["return"][name][:]
             return stored
         self.check_task(task)
         sums = [

@@ -131,6 +131,34 @@ def test_the_domain_comes_from_tasks_then_the_option_then_the_path(changes, expe
     assert domain_and_tasks(BuildConfig(**changes)) == expected
 
 
+def test_a_task_of_a_family_is_stored_once_and_found_in_every_spelling(folder, tmp_path):
+    spellings = ("cartpole_position( position = 0.50 )", "cartpole_position(position=5e-1)")
+    canonical = "cartpole_position(position=0.5)"
+    config = config_of(folder, tmp_path, tasks=(*spellings, "cartpole_balance"), action_repeat=4)
+    with Store.open(build_store(config)) as built:
+        assert built.tasks == (canonical, "cartpole_balance")
+        assert built.returns(canonical).any()
+        # The store of merged steps cannot compute rewards: these are the stored ones.
+        for task in spellings:
+            assert built.returns(task).tolist() == built.returns(canonical).tolist()
+            block = built.block((f"reward/{task}",), 0, 3)
+            np.testing.assert_array_equal(
+                block[f"reward/{task}"][1, :16], built.episode(1).task_reward[canonical]
+            )
+            assert built.statistics(task).returns == built.statistics(canonical).returns
+
+
+def test_a_function_of_the_users_own_is_served_by_a_store_and_not_built_into_it(folder, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def cartpole_own(features, observation, action): return features['cart_position']")
+    task = f"{path}:cartpole_own"
+    with pytest.raises(ValueError, match=r"without functions of your own: .* got '.*mine\.py:cartpole_own'"):
+        build_store(config_of(folder, tmp_path, tasks=("cartpole_balance", task)))
+    with Store.open(build_store(config_of(folder, tmp_path, tasks=("cartpole_balance",)))) as built:
+        position = built.episode(1).features[1:, 0]
+        assert built.returns(task)[1] == np.float32(position.astype(np.float32).sum(dtype=np.float64))
+
+
 def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
     for changes, message in [
         ({"tasks": ("walker_run", "cheetah_run")}, "of its one domain; got domains cheetah, walker"),
