@@ -15,6 +15,7 @@ from bpt_rl.config import (
     DemoConfig,
     DownloadConfig,
     EvaluateConfig,
+    ExportConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -32,6 +33,7 @@ ALL = (
     AblateConfig,
     DemoConfig,
     DownloadConfig,
+    ExportConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, remat=False),
