@@ -57,7 +57,7 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
     tasks.require_mujoco()
     domain, task_names = domain_and_tasks(config)
     try:
-        members = [member for source in config.source for member in _members(source)]
+        members = [member for source in _sources(config) for member in _members(source)]
         chosen = _chosen(config, domain, task_names, members)
         prepare = functools.partial(
             _prepare, domain=domain, task_names=task_names, action_repeat=config.action_repeat
@@ -72,6 +72,16 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
     finally:
         while _opened:
             _opened.popitem()[1].close()
+
+
+def _sources(config: BuildConfig) -> tuple[str, ...]:
+    places = {Path(source).resolve() for source in config.source}
+    if not places or len(places) != len(config.source):
+        raise ValueError(
+            f"A store must have at least one source, and each once; got {' '.join(config.source) or 'none'}. "
+            "Name each folder or zip once."
+        )
+    return config.source
 
 
 def _members(source: str) -> list[Member]:

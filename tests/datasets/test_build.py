@@ -165,6 +165,8 @@ def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
         ({"tasks": ("walker_run",), "domain": "cheetah"}, "of its one domain; got domains cheetah, walker"),
         ({"tasks": ("walker_fly",)}, "Nearest valid one: 'walker_"),
         ({"domain": "worker"}, "Nearest valid one: 'walker'"),
+        ({"source": (), "domain": "cartpole"}, "at least one source, and each once; got none"),
+        ({"source": (str(folder), f"{folder}/../buffer")}, "at least one source, and each once; got /"),
         ({"source": ("episodes",)}, "episodes says none. Set tasks, or domain to one of cartpole"),
     ]:
         with pytest.raises(ValueError, match=message):
