@@ -1,5 +1,7 @@
 import dataclasses
+import re
 
+import h5py
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from bpt_rl.datasets import exorl
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.description import describe
 from bpt_rl.datasets.store import Store
-from bpt_rl.datasets.store_format import fixed_text
+from bpt_rl.datasets.store_format import COLUMNS, fixed_text
 from bpt_rl.datasets.verification import alignment_fault, verify_episodes, verify_store
 
 TASKS = ("cartpole_swingup", "cartpole_balance")
@@ -109,6 +111,39 @@ def test_episodes_are_read_to_the_last(folder, episodes, tmp_path):
 def test_a_row_that_is_no_dummy_row_is_a_fault(episode, name):
     getattr(episode, name)[0] = 0.5
     assert alignment_fault("cartpole", episode) == f"has no dummy row 0: its {name} is not zero"
+
+
+def test_episodes_that_changed_places_are_refused(path):
+    """Each of the arrays is whole, and matches the digest of an episode: of another one."""
+    with h5py.File(path) as file:
+        columns = [file[name] for name in COLUMNS] + list(file["reward"].values())
+        chunks = [[column.id.get_chunk_info(i) for i in (0, 1)] for column in columns]
+    content = bytearray(path.read_bytes())
+    for first, second in chunks:
+        a, b = (slice(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in (first, second))
+        content[a], content[b] = content[b], content[a]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"episode 0 of .* does not match its digest"):
+        verify_store(path, num_workers=1)
+
+
+def test_a_store_spliced_from_two_of_one_layout_is_refused(episodes, whole, path, tmp_path):
+    buffer = tmp_path / "cartpole" / "random" / "buffer"
+    for i, episode in enumerate(episodes):
+        scaled = dataclasses.replace(episode, reward=2 * episode.reward)
+        exorl.write_episode(buffer / f"episode_{i:06d}_{episode.num_steps}.npz", scaled)
+    config = BuildConfig(source=(str(buffer),), out=str(tmp_path / "other.h5"), tasks=TASKS, num_workers=1)
+    other = build_store(config).read_bytes()
+    assert len(other) == len(whole)
+    refused = 0
+    for place in np.random.default_rng(0).integers(0, len(whole), 60).tolist():
+        spliced = whole[:place] + other[place:]
+        path.write_bytes(spliced)
+        if spliced not in (whole, other):
+            with pytest.raises(ValueError, match=re.escape(str(path))):
+                verify_store(path, num_workers=1)
+            refused += 1
+    assert refused > 30
 
 
 def mutate(content: bytes, generator: np.random.Generator) -> bytes:
