@@ -20,6 +20,7 @@ PIECE = 2**20
 """Bytes read at a time."""
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes after which the same request may succeed."""
+_HEADERS = {"User-Agent": f"bpt-rl/{__version__}", "Accept-Encoding": "identity"}
 _OTHER_SERVER = "Name another server with --mirror or BPT_RL_EXORL_MIRROR."
 
 
@@ -116,7 +117,7 @@ def open_from(
       OSError: If none will.
       ValueError: If the server gives no file of a known length, as it is.
     """
-    headers = {"User-Agent": f"bpt-rl/{__version__}", "Accept-Encoding": "identity"}
+    headers = dict(_HEADERS)
     if offset and version:
         headers |= {"Range": f"bytes={offset}-", "If-Range": version.validator}
     response = _open(urllib.request.Request(url, headers=headers), timeout)
@@ -131,10 +132,8 @@ def ask(url: str, *, timeout: float) -> Version:
       OSError: If the server does not say.
       ValueError: As in `open_from`.
     """
-    headers = {"User-Agent": f"bpt-rl/{__version__}", "Accept-Encoding": "identity"}
-    with contextlib.closing(
-        _open(urllib.request.Request(url, headers=headers, method="HEAD"), timeout)
-    ) as response:
+    request = urllib.request.Request(url, headers=dict(_HEADERS), method="HEAD")
+    with contextlib.closing(_open(request, timeout)) as response:
         return _answer(response, url, 0, None).version
 
 

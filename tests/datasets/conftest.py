@@ -157,6 +157,8 @@ class Handler(BaseHTTPRequestHandler):
             offset = self.asked if self.asked is not None and is_known else 0
         total, body = len(server.content), server.content[offset:]
         known = {"ETag": server.etag, "Last-Modified": server.last_modified, "Content-Length": len(body)}
+        if self.headers["Accept-Encoding"] != "identity":
+            known["Content-Encoding"] = "gzip"
         if offset:
             known["Content-Range"] = f"bytes {offset}-{total - 1}/{total}"
         self.send(206 if offset else 200, known | headers)

@@ -52,8 +52,10 @@ def test_the_next_call_goes_on_where_one_gave_up(server, known, config, target, 
     with pytest.raises(OSError, match=r"1,500,000 bytes are kept, and the same command goes on from there"):
         download(known, replace(config, num_tries=1))
     assert (target.exists(), part.read_bytes()) == (False, server.zip[:1_500_000])
-    download(known, config)
+    seen = []
+    download(known, config, lambda done, total, note: seen.append(done))
     assert (target.read_bytes(), server.requests[1:]) == (server.zip, [("GET", 1_500_000)])
+    assert min(seen) == 1_500_000
     assert in_folder(target) == ["icm.zip"]
 
 
@@ -239,9 +241,10 @@ def test_without_a_known_digest_the_etag_is_what_is_checked(server, config, targ
     done = download(UNKNOWN, config)
     assert re.fullmatch(verification, done.verification)
     assert done.is_verified == done.verification.startswith("verified")
+    server.script.append(server.status(302, Location="/elsewhere.zip"))
     again = download(UNKNOWN, config)
     assert (again.verification, again.is_new) == (done.verification, False)
-    assert server.requests == [("GET", None), ("HEAD", None)]
+    assert server.requests == [("GET", None), ("HEAD", None), ("HEAD", None)]
 
 
 def test_a_multipart_etag_is_checked_across_a_resume(server, config, target):
