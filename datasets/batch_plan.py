@@ -68,7 +68,7 @@ class BatchPlan(NamedTuple):
         """
         row = whole[0].ravel() - first_row
         row = np.where((row >= 0) & (row < num_rows), row, num_rows)
-        order = np.lexsort((whole[1].ravel(), row))
+        order = row.argsort(kind="stable")  # In each row, later chains already lie behind earlier ones.
         whole, real = (values.reshape(len(values), -1)[:, order] for values in (whole.astype(np.int32), real))
         whole[0] = row[order]
         plan = cls(*whole, *real)
