@@ -65,6 +65,8 @@ def test_minari_reads_what_the_store_holds(block, build, root, monkeypatch):
             for read, expected in pairs:
                 assert read.dtype == expected.dtype
                 np.testing.assert_array_equal(read, expected)
+        entries = dataset.storage.get_episode_metadata(range(3))
+        assert tuple(entry["name"] for entry in entries) == store.episode_names
         own = dataset.storage.metadata["bpt_rl"]
         assert own["digest"] == store.digest
         assert (own["subset"], own["subset_digest"]) == ("full", store.subset_digest)

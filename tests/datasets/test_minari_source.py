@@ -256,19 +256,23 @@ def interrupt_after(done):
     return report
 
 
-def test_an_interrupted_build_goes_on_unless_the_dataset_has_changed(buffers, tmp_path):
+@pytest.mark.parametrize("change", ["", "one more episode", "one other reward"])
+def test_an_interrupted_build_goes_on_unless_the_dataset_has_changed(change, root, buffers, tmp_path):
     dataset = make_dataset(buffers)
     whole = build_store(config_of(tmp_path)).read_bytes()
-    for changes in (False, True):
-        out = tmp_path / f"{changes}.h5"
-        with pytest.raises(KeyboardInterrupt):
-            build_store(config_of(tmp_path, out=str(out)), interrupt_after(2))
-        if changes:
-            dataset.update_dataset_from_buffer([episode_of(4)])
-        progress = []
-        build_store(config_of(tmp_path, out=str(out)), lambda *counts, seen=progress: seen.append(counts))
-        assert progress[0] == ((0, 5) if changes else (2, 4))
-        assert (out.read_bytes() == whole) != changes
+    out = tmp_path / "interrupted.h5"
+    with pytest.raises(KeyboardInterrupt):
+        build_store(config_of(tmp_path, out=str(out)), interrupt_after(2))
+    if change == "one more episode":
+        dataset.update_dataset_from_buffer([episode_of(4)])
+    elif change:
+        # Neither metadata nor size tell of it.
+        with h5py.File(root / ID / "data" / "main_data.hdf5", "r+") as file:
+            file["episode_0/rewards"][3] += 1
+    progress = []
+    build_store(config_of(tmp_path, out=str(out)), lambda *counts: progress.append(counts))
+    assert progress[0] == ((0, 5) if "episode" in change else (0, 4) if change else (2, 4))
+    assert (out.read_bytes() == whole) == (not change)
 
 
 def test_what_metadata_claim_is_neither_run_nor_believed(root, buffers, tmp_path):
