@@ -57,7 +57,7 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
     tasks.require_mujoco()
     domain, task_names = domain_and_tasks(config)
     try:
-        members = [member for source in _sources(config) for member in _members(source)]
+        members = [member for source in _checked_sources(config) for member in _members(source)]
         chosen = _chosen(config, domain, task_names, members)
         prepare = functools.partial(
             _prepare, domain=domain, task_names=task_names, action_repeat=config.action_repeat
@@ -74,12 +74,18 @@ def build_store(config: BuildConfig, report_progress: Callable[[int, int], None]
             _opened.popitem()[1].close()
 
 
-def _sources(config: BuildConfig) -> tuple[str, ...]:
+def _checked_sources(config: BuildConfig) -> tuple[str, ...]:
     places = {Path(source).resolve() for source in config.source}
     if not places or len(places) != len(config.source):
         raise ValueError(
             f"A store must have at least one source, and each once; got {' '.join(config.source) or 'none'}. "
             "Name each folder or zip once."
+        )
+    out = Path(config.out)
+    # Before hours of work, not when the file gets its name.
+    if not out.name or out.is_dir() or out.resolve() in places:
+        raise ValueError(
+            f"A store must have a file of its own; got out {config.out!r}, a folder or a source. Name another file."
         )
     return config.source
 

@@ -91,7 +91,8 @@ def _listed(path: Path, names: Sequence[str]) -> Int[np.ndarray, "_"]:
         raise FileNotFoundError(
             f"A subset list must be a text file; there is none at {path}. Check the path."
         )
-    wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text("utf-8-sig", "replace").splitlines()
+    wanted = [line.strip() for line in lines if line.strip()]
     places: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         places.setdefault(name.rpartition("/")[2], []).append(i)

@@ -159,6 +159,17 @@ def test_a_function_of_the_users_own_is_served_by_a_store_and_not_built_into_it(
         assert built.returns(task)[1] == np.float32(position.astype(np.float32).sum(dtype=np.float64))
 
 
+def test_a_store_never_replaces_the_zip_that_it_is_built_from(folder, tmp_path):
+    archive = tmp_path / "cartpole.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in folder.iterdir():
+            file.write(path, path.name)
+    content = archive.read_bytes()
+    with pytest.raises(ValueError, match=r"must have a file of its own; got out '.*cartpole\.zip'"):
+        build_store(config_of(archive, tmp_path, out=str(archive)))
+    assert archive.read_bytes() == content
+
+
 def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
     for changes, message in [
         ({"tasks": ("walker_run", "cheetah_run")}, "of its one domain; got domains cheetah, walker"),
@@ -167,6 +178,9 @@ def test_names_that_do_not_fit_together_are_refused(folder, tmp_path):
         ({"domain": "worker"}, "Nearest valid one: 'walker'"),
         ({"source": (), "domain": "cartpole"}, "at least one source, and each once; got none"),
         ({"source": (str(folder), f"{folder}/../buffer")}, "at least one source, and each once; got /"),
+        ({"out": ""}, "must have a file of its own; got out ''"),
+        ({"out": str(tmp_path)}, "must have a file of its own; got out '/"),
+        ({"source": (str(folder),), "out": str(folder)}, "must have a file of its own; got out '/"),
         ({"source": ("episodes",)}, "episodes says none. Set tasks, or domain to one of cartpole"),
     ]:
         with pytest.raises(ValueError, match=message):

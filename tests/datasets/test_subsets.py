@@ -92,6 +92,15 @@ def test_a_bad_list_is_refused(tmp_path, content, message):
         subsets.select(f"list:{path}", episodes())
 
 
+def test_a_list_may_come_from_any_editor_and_a_file_that_is_no_list_is_refused(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(b"\xef\xbb\xbfepisode_000004_10.npz\r\nepisode_000001_10.npz\r\n")
+    assert subsets.select(f"list:{path}", episodes()).tolist() == [1, 4]
+    path.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(ValueError, match=r"mine\.txt names .*, and they hold 0 of that name"):
+        subsets.select(f"list:{path}", episodes())
+
+
 def test_a_name_that_two_sources_hold_is_refused(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("episode_0_10.npz")
