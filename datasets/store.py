@@ -190,11 +190,14 @@ class Store:
 
     def _computed_reward(self, task: str, episodes: slice) -> Float[np.ndarray, "_ T1"]:
         self.check_task(task)
-        reward = rewards.reward_from_features(
-            task, *(self._file[name][episodes] for name in ("features", "observation", "action"))
-        )
-        is_row = np.arange(reward.shape[1]) <= self.lengths[episodes, None]
-        return np.where(is_row, reward, np.float32(0))
+        columns = [self._file[name][episodes] for name in ("features", "observation", "action")]
+        reward = np.zeros(columns[0].shape[:2], np.float32)
+        lengths = self.lengths[episodes]
+        # Episodes of one length together, without padding: a user's function may divide by a feature.
+        for length in np.unique(lengths):
+            same, rows = lengths == length, slice(length + 1)
+            reward[same, rows] = rewards.reward_from_features(task, *(c[same, rows] for c in columns))
+        return reward
 
     def check_task(self, task: str) -> None:
         """Checks that the store can give the reward of a task.

@@ -23,6 +23,9 @@ float32 keeps 7 digits; what else differs is how another version of MuJoCo adds 
 by far more within an episode.
 """
 
+FEATURES_TOLERANCE = 1e-8
+"""Likewise for stored features, float64, which another processor may round another way."""
+
 Item = TypeVar("Item")
 Opened = TypeVar("Opened", Store, EpisodeSource)
 
@@ -182,7 +185,19 @@ def _episode_fault(store: Store, index: int, digest: str) -> str:
     unfinite = [name for name, values in columns.items() if not np.isfinite(values).all()]
     if unfinite:
         return f"has a {unfinite[0]} that is not finite"
-    return alignment_fault(store.domain, trajectory)
+    return alignment_fault(store.domain, trajectory) or _features_fault(store.domain, trajectory)
+
+
+def _features_fault(domain: str, trajectory: Trajectory) -> str:
+    if trajectory.features is None or domain not in tasks.DOMAINS:
+        return ""
+    expected = features.physical_features(domain, trajectory.physics)
+    bad = np.abs(trajectory.features - expected) > FEATURES_TOLERANCE * np.maximum(1, np.abs(expected))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        name = features.FEATURES[domain][column]
+        return f"has in row {row} a {name} that is not that of its state"
+    return ""
 
 
 def _whole_fault(store: Store) -> str:

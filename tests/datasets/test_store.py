@@ -81,6 +81,19 @@ def test_a_task_that_is_not_stored_is_computed_from_features(path, episodes, tas
     assert statistics.reward_abs_max == np.abs(block).max()
 
 
+def test_a_users_function_sees_no_padding(path, episodes, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def cartpole_inverse(features, observation, action): return 1 / features['pole_cosine']\n"
+    )
+    with Store.open(path) as store:
+        block = store.block((f"reward/{own}:cartpole_inverse",), 0, 3)[f"reward/{own}:cartpole_inverse"]
+    for i, episode in enumerate(episodes):
+        expected = 1 / features.physical_features("cartpole", episode.physics)[1:, 2]
+        np.testing.assert_array_equal(block[i, 1 : len(expected) + 1], expected.astype(np.float32))
+        assert not block[i, len(expected) + 1 :].any()
+
+
 def test_a_store_of_merged_steps_cannot_compute_rewards(folder, tmp_path):
     config = BuildConfig(
         source=(str(folder),), out=str(tmp_path / "s.h5"), tasks=TASKS, action_repeat=4, num_workers=1

@@ -11,7 +11,9 @@ from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.description import describe
 from bpt_rl.datasets.store import Store
 from bpt_rl.datasets.store_format import COLUMNS, fixed_text
+from bpt_rl.datasets.store_writer import StorePlan, write_store
 from bpt_rl.datasets.verification import alignment_fault, verify_episodes, verify_store
+from bpt_rl.envs import features
 
 TASKS = ("cartpole_swingup", "cartpole_balance")
 
@@ -91,6 +93,30 @@ def test_a_store_of_rows_that_do_not_belong_together_is_refused(episodes, tmp_pa
         BuildConfig(source=(str(buffer),), out=str(tmp_path / "s.h5"), tasks=TASKS, num_workers=1)
     )
     with pytest.raises(ValueError, match=f"episode 1 of .* {message}"):
+        verify_store(out, num_workers=1)
+
+
+def test_features_that_are_not_those_of_the_states_are_refused(episodes, tmp_path):
+    measured = features.physical_features("cartpole", episodes[0].physics)
+    measured[7, 2] += 1e-6
+    plan = StorePlan(
+        out=tmp_path / "s.h5",
+        domain="cartpole",
+        source="cartpole/random",
+        subset="full",
+        tasks=("cartpole_balance",),
+        action_repeat=1,
+        feature_names=features.FEATURES["cartpole"],
+        episode_names=["cartpole/random/episode_0_40.npz"],
+        num_steps=np.array([40]),
+        fingerprint="",
+    )
+    reward = {"cartpole_balance": np.zeros(41, np.float32)}
+    episode = dataclasses.replace(episodes[0], features=measured, task_reward=reward)
+    out = write_store(plan, [0], lambda _: episode, num_workers=1, report_progress=lambda done: None)
+    with pytest.raises(
+        ValueError, match=r"episode 0 of .* has in row 7 a pole_cosine that is not that of its"
+    ):
         verify_store(out, num_workers=1)
 
 
