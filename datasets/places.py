@@ -90,12 +90,24 @@ class Accelerator:
 
         self._columns = {name: jax.device_put(values) for name, values in source.columns()}
         self._size = (source.num_rows, source.steps_per_row)
-        self._assemble = jax.jit(assemble_in_jit, static_argnums=(2, 3))
+        self._assemble = jax.jit(_assemble_packed, static_argnums=(2, 3))
 
     def gather(self, plan: BatchPlan) -> PackedBatch:
         """Returns the batch of a plan, as arrays on the device."""
-        batch: PackedBatch = self._assemble(plan, self._columns, *self._size)
+        # In one array: each transfer to the device costs as much as the whole batch takes to gather there.
+        packed = np.stack([values.view(np.int32) for values in plan])
+        batch: PackedBatch = self._assemble(packed, self._columns, *self._size)
         return batch
+
+
+def _assemble_packed(packed: Any, columns: dict[str, Any], num_rows: int, steps_per_row: int) -> PackedBatch:
+    import jax
+    import jax.numpy as jnp
+
+    rows = dict(zip(BatchPlan._fields, packed, strict=True))
+    for name in ("target", "threshold", "counts"):
+        rows[name] = jax.lax.bitcast_convert_type(rows[name], jnp.float32)
+    return assemble_in_jit(BatchPlan(**rows), columns, num_rows, steps_per_row)
 
 
 class Host:
