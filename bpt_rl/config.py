@@ -7,6 +7,7 @@ from typing import Literal
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Algorithm = Literal["random", "ornstein_uhlenbeck"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
+Activations = Literal["keep", "save_attention", "recompute", "offload"]
 Place = Literal["auto", "accelerator", "host", "stream"]
 
 
@@ -52,8 +53,9 @@ class ModelConfig:
     """Tokens a key chunk of blockwise attention."""
     feedforward_chunk_size: int = 2048
     """Tokens a chunk of the blockwise feedforward."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    activations: Activations = "recompute"
+    """What each layer keeps for the backward pass: everything, its input and its attention's result, its input alone
+    (the rest is computed again), or its input in the host's memory."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters stay float32."""
 

@@ -71,8 +71,9 @@ class PackedBatch(NamedTuple):
     """Step within its episode, from 0."""
     episode: Int[Any, "B T"]
     """Index of the trajectory within its chain, from 0."""
-    segment_ids: Int[Any, "B T"]
-    """1, 2, ... for the chains of a row; 0 for padding."""
+    segment_ids: Int[Any, "B T"] | None
+    """1, 2, ... for the chains of a row; 0 for padding. None says that each row is one chain, padding behind it: a
+    causal model then needs to tell nothing apart, and faster attention can be used."""
     loss_mask: Float[Any, "B T"]
     """1 where the action is to be predicted."""
 

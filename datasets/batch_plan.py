@@ -141,21 +141,21 @@ def assemble(plan: BatchPlan, columns: Columns, num_rows: int, steps_per_row: in
     step = np.arange(num_cells, dtype=np.int32) + np.repeat(plan.start - begin, sizes)
     reached = join("collected", 1) >= np.repeat(plan.threshold, sizes)
     reached &= step >= np.repeat(plan.flag_from, sizes)
-    flat = PackedBatch(
-        observation=join("observation", 0),
-        action=join("action", 1),
-        reward=join("reward", 1),
-        return_to_go=np.repeat(plan.target, sizes) - join("collected", 0),
-        completion=reached.astype(np.float32),
-        step=step,
-        episode=np.repeat(plan.episode, sizes),
-        segment_ids=np.repeat(plan.segment_id, sizes),
-        loss_mask=np.repeat(plan.counts, sizes),
-    )
+    flat: dict[str, np.ndarray] = {
+        "observation": join("observation", 0),
+        "action": join("action", 1),
+        "reward": join("reward", 1),
+        "return_to_go": np.repeat(plan.target, sizes) - join("collected", 0),
+        "completion": reached.astype(np.float32),
+        "step": step,
+        "episode": np.repeat(plan.episode, sizes),
+        "segment_ids": np.repeat(plan.segment_id, sizes),
+        "loss_mask": np.repeat(plan.counts, sizes),
+    }
     for i in np.flatnonzero(gaps):
-        for array in flat:
+        for array in flat.values():
             array[begin[i] + plan.num_steps[i] : begin[i] + sizes[i]] = 0
-    return PackedBatch(*(x.reshape(num_rows, steps_per_row, *x.shape[1:]) for x in flat))
+    return PackedBatch(**{k: x.reshape(num_rows, steps_per_row, *x.shape[1:]) for k, x in flat.items()})
 
 
 def assemble_in_jit(

@@ -61,6 +61,9 @@ class ChainSampler:
             )
         self.num_rows = _share(-(-config.batch_size // chains_per_row), num_processes)
         """Rows of the batches of this process."""
+        shortest = int(config.window or self._lengths[self._eligible].min())
+        self.is_one_chain_a_row = 2 * config.num_trajectories * shortest > self._steps_per_row
+        """Whether no row can ever hold two chains, so that a causal model needs no segment ids."""
         self._first_row = process_index * self.num_rows
         self._source = BatchSource(
             store=store,

@@ -85,7 +85,7 @@ def project(tmp_path_factory):
 def train_line(root, path, **changes):
     data = {"store": root / "store.h5", "task": "cartpole_swingup", "num-trajectories": 2, "batch-size": 1}
     return (
-        f"train at_small --run {path} --log-every 1 --checkpoint-every 2 --model.no-remat "
+        f"train at_small --run {path} --log-every 1 --checkpoint-every 2 --model.activations keep "
         f"{options(data=data | changes, model=TINY_MODEL, optimizer=TINY_STEPS)}"
     )
 

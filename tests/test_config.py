@@ -36,7 +36,7 @@ ALL = (
     ExportConfig,
 )
 CHANGED: tuple[Any, ...] = (
-    ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, remat=False),
+    ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, activations="keep"),
     DataConfig(store='a "quoted" \\ path\nof two lines\t\x7fé', top_fraction=0.1, window=7, loss_on="last"),
     OptimizerConfig(num_steps=3, warmup_steps=0, learning_rate=1e-30, weight_decay=1e22, clip_norm=0.1 + 0.2),
     TrainConfig(
@@ -92,7 +92,7 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"seed": 3.0}, "seed must be of type int; got 3.0"),
         ({"seed": True}, "seed must be of type int; got True"),
         ({"run": 1}, "run must be of type str; got 1"),
-        ({"model": {"remat": 1}}, "model.remat must be of type bool; got 1"),
+        ({"model": {"activations": 1}}, "model.activations must be"),
         ({"model": {"dropout": False}}, "model.dropout must be of type float; got False"),
         ({"model": "small"}, "model must be of type ModelConfig; got 'small'"),
         ({"agent": "ppo"}, "agent must be one of at, dt, bc; got 'ppo'"),

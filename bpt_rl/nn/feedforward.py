@@ -1,6 +1,6 @@
 """Token-wise functions applied chunk by chunk, so that their wide intermediate tensors stay small."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,23 @@ from jaxtyping import Array, Float
 
 
 def blockwise_map(
-    function: Callable[[Array], Array], inputs: Float[Array, "B S D"], chunk_size: int
+    function: Callable[..., Array],
+    inputs: Sequence[Float[Array, "B S _"]],
+    chunk_size: int,
+    *,
+    key: jax.Array | None = None,
 ) -> Float[Array, "B S D_out"]:
-    """Returns `function(inputs)`, computed over chunks of the sequence and recomputed in the backward pass.
+    """Returns `function(*inputs, key)`, computed over chunks of the sequence and recomputed in the backward pass.
 
     A feedforward's [B, S, 4 D] hidden tensor then never exists: neither pass holds more of it than one
     chunk. A sequence of at most one chunk goes straight through `function`, and nothing is recomputed.
 
     Args:
-      function: Maps [B, C, D] to [B, C, D_out] for any C, each token by itself and without side effects: no
-        statistics across tokens, no random numbers drawn inside. It may close over parameters; they receive
-        gradients.
-      inputs: Activations.
+      function: Maps arrays [B, C, D_i] and a key to [B, C, D_out] for any C, each token by itself and without
+        side effects: no statistics across tokens. It may close over parameters; they receive gradients.
+      inputs: Activations, of the same B and S.
       chunk_size: Most tokens of a chunk. Chunks are evened out, so it need not divide S.
+      key: Draws random numbers; each chunk gets one of its own, or None without it.
 
     Raises:
       ValueError: If `chunk_size` is not positive.
@@ -29,14 +33,19 @@ def blockwise_map(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be positive; got {chunk_size}. 2048 tokens are usual.")
-    B, S, D = inputs.shape
+    B, S = inputs[0].shape[:2]
     if chunk_size >= S:
-        return function(inputs)
+        return function(*inputs, key)
     num_chunks = -(-S // chunk_size)
     even_size = -(-S // num_chunks)
-    # The last token repeated, not zeros: a function singular at zero would make parameter gradients NaN.
-    padded = jnp.pad(inputs, ((0, 0), (0, num_chunks * even_size - S), (0, 0)), mode="edge")
-    chunks = jnp.moveaxis(padded.reshape(B, num_chunks, even_size, D), 1, 0)
+
+    def cut(x: Array) -> Array:
+        # The last token repeated, not zeros: a function singular at zero would make parameter gradients NaN.
+        padded = jnp.pad(x, ((0, 0), (0, num_chunks * even_size - S), (0, 0)), mode="edge")
+        return jnp.moveaxis(padded.reshape(B, num_chunks, even_size, x.shape[-1]), 1, 0)
+
     # Inside a loop nothing can be shared between the passes, so the barriers against it would only cost time.
-    outputs = jax.lax.map(jax.checkpoint(function, prevent_cse=False), chunks)
+    body = jax.checkpoint(function, prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, num_chunks)
+    outputs = jax.lax.map(lambda chunk: body(*chunk[0], chunk[1]), ([cut(x) for x in inputs], keys))
     return jnp.moveaxis(outputs, 0, 1).reshape(B, num_chunks * even_size, outputs.shape[-1])[:, :S]

@@ -128,7 +128,8 @@ class TrajectoryModel(nnx.Module):
         x = self.embed(batch)
         keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
         x = drop(x, self.config.dropout, keys[0])
-        segment_ids = jnp.repeat(batch.segment_ids, tokens_per_step, axis=1)
+        ids = batch.segment_ids
+        segment_ids = None if ids is None else jnp.repeat(ids, tokens_per_step, axis=1)
         x = self.transformer(x, segment_ids, keys[1])
         # The observation's token is the second of several, or the only one.
         return self._read(x[:, min(1, tokens_per_step - 1) :: tokens_per_step])
@@ -161,7 +162,7 @@ class TrajectoryModel(nnx.Module):
 
 
 def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    ids = batch.segment_ids
+    ids = jnp.ones(batch.step.shape, jnp.int32) if batch.segment_ids is None else batch.segment_ids
     is_inside = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
 
     def shift(x: Float[Any, "B T ..."]) -> jax.Array:

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
 from bpt_rl.nn.feedforward import blockwise_map
+from bpt_rl.nn.rematerialisation import LAYER_INPUT, rematerialised
 from bpt_rl.nn.rotary import apply_rotary
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -79,12 +81,11 @@ class Block(nnx.Module):
         self,
         x: Float[jax.Array, "B S D"],
         positions: Int[jax.Array, "B S"],
-        segment_ids: Int[jax.Array, "B S"],
+        segment_ids: Int[jax.Array, "B S"] | None,
         dropout_key: jax.Array | None,
     ) -> Float[jax.Array, "B S D"]:
         """Returns the stream after this block; tokens see earlier tokens of their own segment."""
         config = self.config
-        keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
         query, key, value = self.project(x, positions)
         attended = dot_product_attention(
             query,
@@ -95,9 +96,19 @@ class Block(nnx.Module):
             query_chunk_size=config.query_chunk_size,
             key_chunk_size=config.key_chunk_size,
         )
-        x = x + drop(self.output(attended.reshape(*x.shape[:2], -1)), config.dropout, keys[0])
-        branch = blockwise_map(self.feedforward, x, config.feedforward_chunk_size)
-        return x + drop(branch, config.dropout, keys[1])
+        inputs = (x, attended.reshape(*x.shape[:2], -1))
+        return blockwise_map(self._residuals, inputs, config.feedforward_chunk_size, key=dropout_key)
+
+    def _residuals(
+        self,
+        x: Float[jax.Array, "B S D"],
+        attended: Float[jax.Array, "B S HK"],
+        dropout_key: jax.Array | None,
+    ) -> Float[jax.Array, "B S D"]:
+        """Returns the stream after both residual branches, each token by itself."""
+        keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
+        x = x + drop(self.output(attended), self.config.dropout, keys[0])
+        return x + drop(self.feedforward(x), self.config.dropout, keys[1])
 
     def decode(
         self,
@@ -159,14 +170,14 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         x: Float[jax.Array, "B S D"],
-        segment_ids: Int[jax.Array, "B S"],
+        segment_ids: Int[jax.Array, "B S"] | None,
         dropout_key: jax.Array | None = None,
     ) -> Float[jax.Array, "B S D"]:
         """Returns the normed stream of a packed batch of token embeddings.
 
         Args:
           x: Token embeddings.
-          segment_ids: Tokens see only tokens of their own segment.
+          segment_ids: Tokens see only tokens of their own segment; None where each row is one.
           dropout_key: Draws dropout; none without it.
         """
         graph, stacked = nnx.split(self.blocks)
@@ -176,9 +187,10 @@ class Transformer(nnx.Module):
         def layer(stream: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             state, index = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            stream = checkpoint_name(stream, LAYER_INPUT)
             return nnx.merge(graph, state)(stream, positions, segment_ids, key), None
 
-        body = jax.checkpoint(layer) if self.config.remat else layer
+        body = rematerialised(layer, self.config.activations)
         x, _ = jax.lax.scan(body, x, (stacked, jnp.arange(self.config.num_layers)))
         return jnp.asarray(self.norm(x))
 

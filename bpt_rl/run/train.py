@@ -187,6 +187,8 @@ def _steps(
 
     def take(state: TrainState, micro_batches: tuple[PackedBatch, ...], key: jax.Array) -> Any:
         batch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *micro_batches)
+        if sampler.is_one_chain_a_row:
+            batch = batch._replace(segment_ids=None)
         next_state, metrics = train_step(agent, optimizer, state, batch, key)
         return next_state, metrics | {"learning_rate": schedule(state.step)}
 

@@ -20,7 +20,7 @@ CLASSES = {"at": AgenticTransformer, "dt": DecisionTransformer, "bc": BehaviourC
 QUICK = {"xla_backend_optimization_level": 0}
 """Halves the compile time."""
 MODEL = ModelConfig(
-    layout="fused", embed_dim=16, num_layers=1, dropout=0.0, implementation="reference", remat=False
+    layout="fused", embed_dim=16, num_layers=1, dropout=0.0, implementation="reference", activations="keep"
 )
 STATISTICS = DataStatistics(
     task="task",

@@ -121,6 +121,19 @@ def test_a_context_as_long_as_several_chains_takes_them_into_one_row(store):
     assert sampler.num_rows == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"num_trajectories": 2}, True), ({"window": 5}, True), ({"context_length": 70}, False)],
+)
+def test_rows_said_to_hold_one_chain_hold_no_two(store, changes, expected):
+    sampler = make_sampler(store, batch_size=6, **changes)
+    assert sampler.is_one_chain_a_row == expected
+    ids = np.concatenate([sampler.batch(i).segment_ids for i in range(20)])
+    assert (ids.max() == 1) == expected
+    # Padding lies behind.
+    assert not ((np.diff(ids, axis=1) > 0) & (ids[:, :-1] == 0)).any()
+
+
 @pytest.mark.parametrize("layout_and_tokens", [("return_state_action_reward", 4), ("fused", 1)])
 def test_shapes_never_change_however_long_the_episodes_drawn(store, layout_and_tokens):
     layout, tokens = layout_and_tokens

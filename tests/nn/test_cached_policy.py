@@ -36,7 +36,7 @@ MODEL = ModelConfig(
     feedforward_dim=24,
     episode_embedding=3,
     implementation="reference",
-    remat=False,
+    activations="keep",
 )
 STATISTICS = DataStatistics(
     task="task",

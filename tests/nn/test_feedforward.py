@@ -21,7 +21,7 @@ def make_parameters(embed_dim, out_dim):
 
 
 def loss(parameters, x, chunk_size):
-    outputs = blockwise_map(lambda chunk: feedforward(parameters, chunk), x, chunk_size)
+    outputs = blockwise_map(lambda chunk, _: feedforward(parameters, chunk), [x], chunk_size)
     return jnp.sum(jnp.sin(outputs)), outputs
 
 
@@ -44,7 +44,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size):
 
 def test_bfloat16_stays_bfloat16():
     x = normal(5, (2, 7, 4)).astype(jnp.bfloat16)
-    doubled = blockwise_map(lambda chunk: chunk * 2, x, 3)
+    doubled = blockwise_map(lambda chunk, _: chunk * 2, [x], 3)
     assert doubled.dtype == jnp.bfloat16
     np.testing.assert_array_equal(doubled, x * 2)
 
@@ -70,4 +70,4 @@ def test_the_wide_hidden_tensor_never_exists_in_either_pass():
 
 def test_a_chunk_size_of_zero_is_refused():
     with pytest.raises(ValueError, match="chunk_size must be positive; got 0"):
-        blockwise_map(lambda chunk: chunk, normal(7, (1, 4, 2)), 0)
+        blockwise_map(lambda chunk, _: chunk, [normal(7, (1, 4, 2))], 0)

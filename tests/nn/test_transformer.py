@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ CONFIG = ModelConfig(
     feedforward_dim=24,
     dropout=0.0,
     implementation="reference",
-    remat=False,
+    activations="keep",
 )
 QUICK = {"xla_backend_optimization_level": 0}
 """Halves the compile time."""
@@ -123,13 +124,26 @@ def test_stack_is_a_pre_norm_transformer_written_out(make, inputs, expected):
             "key_chunk_size": 3,
             "feedforward_chunk_size": 4,
         },
-        {"remat": True, "implementation": "blockwise", "key_chunk_size": 7, "feedforward_chunk_size": 6},
+        {"activations": "recompute", "implementation": "blockwise", "key_chunk_size": 7},
+        {"activations": "save_attention", "implementation": "blockwise", "feedforward_chunk_size": 6},
+        {"activations": "offload", "feedforward_chunk_size": 6},
     ],
 )
 def test_chunks_implementation_and_remat_change_neither_values_nor_gradients(make, inputs, expected, changes):
     got = values_and_gradients(*make(**changes), *inputs)
     # Sums in another order: float32 rounding through two layers and back.
     assert max(relative_errors(got, expected)) < 1e-5
+
+
+def test_saved_attention_is_not_computed_twice(make, inputs):
+    def num_exponentials(activations):
+        """Counts the loops that attend: each takes exponentials of its logits, and nothing else does."""
+        graph, params = make(activations=activations, implementation="blockwise")
+        compiled = values_and_gradients.lower(graph, params, *inputs).compile()
+        return len(re.findall(r" exponential\(", compiled.as_text()))
+
+    counts = {kept: num_exponentials(kept) for kept in ("keep", "save_attention", "recompute", "offload")}
+    assert counts["keep"] == counts["save_attention"] < counts["recompute"] == counts["offload"]
 
 
 def test_bfloat16_compute_stays_near_float32(make, inputs, expected):

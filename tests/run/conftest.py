@@ -55,7 +55,7 @@ def tiny(store_path):
         parts = {
             "data": DataConfig(store=str(store_path), task=TASK, num_trajectories=2, batch_size=2),
             "model": ModelConfig(
-                layout="fused", embed_dim=16, num_layers=1, implementation="reference", remat=False
+                layout="fused", embed_dim=16, num_layers=1, implementation="reference", activations="keep"
             ),
             "optimizer": OptimizerConfig(num_steps=6, warmup_steps=2, learning_rate=1e-2),
         }
