@@ -183,7 +183,10 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
             paper = config_toml.load(TrainConfig, "at_paper")
             model = dataclasses.replace(paper.model, compute_dtype="bfloat16")
             config = dataclasses.replace(paper, data=data, model=model)
-            numbers |= measure_step(config, source, sampler.batch(0), 5)
+            batch = sampler.batch(0)
+            if sampler.is_one_chain_a_row:  # As training does.
+                batch = batch._replace(segment_ids=None)
+            numbers |= measure_step(config, source, batch, 5)
             gather = numbers["accelerator: one batch, waited for, ms"]
             numbers["accelerator: share of the training step"] = gather / numbers["training step ms"]
     return numbers

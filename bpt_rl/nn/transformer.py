@@ -1,6 +1,7 @@
 """Pre-norm causal transformer with rotary positions, blockwise feedforward and a key-value cache."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,14 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of every layer, one [B, C, H_kv, K] array each, for contexts of up to C tokens."""
+    """Keys and values of every layer, one [B, H_kv, C, K] array each, for contexts of up to C tokens.
 
-    keys: tuple[Float[jax.Array, "B C H_kv K"], ...]
+    Heads come before tokens, so that a head's keys lie side by side: read so, a GPU's whole bandwidth is used.
+    """
+
+    keys: tuple[Float[jax.Array, "B H_kv C K"], ...]
     """Already turned by their rotary positions."""
-    values: tuple[Float[jax.Array, "B C H_kv K"], ...]
+    values: tuple[Float[jax.Array, "B H_kv C K"], ...]
     length: Int[jax.Array, "B"]
     """Tokens held for each row; a row may be cleared by setting its length to 0."""
 
@@ -113,11 +117,11 @@ class Block(nnx.Module):
     def decode(
         self,
         x: Float[jax.Array, "B S D"],
-        cache_key: Float[jax.Array, "B C H_kv K"],
-        cache_value: Float[jax.Array, "B C H_kv K"],
+        cache_key: Float[jax.Array, "B H_kv C K"],
+        cache_value: Float[jax.Array, "B H_kv C K"],
         length: Int[jax.Array, "B"],
         num_dummy: int,
-    ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B C H_kv K"], Float[jax.Array, "B C H_kv K"]]:
+    ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B H_kv C K"], Float[jax.Array, "B H_kv C K"]]:
         """Returns the stream of S new tokens and the cache that holds them too.
 
         Args:
@@ -129,9 +133,9 @@ class Block(nnx.Module):
         """
         slots = length[:, None] + jnp.arange(x.shape[1])
         query, key, value = self.project(x, slots)
-        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
-        cache_key = write(cache_key, key.astype(cache_key.dtype), length)
-        cache_value = write(cache_value, value.astype(cache_value.dtype), length)
+        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0)))
+        cache_key = write(cache_key, key.swapaxes(1, 2).astype(cache_key.dtype), length)
+        cache_value = write(cache_value, value.swapaxes(1, 2).astype(cache_value.dtype), length)
         attended = _cached_attention(query, cache_key, cache_value, slots, num_dummy)
         x = x + self.output(attended.reshape(*x.shape[:2], -1))
         return x + self.feedforward(x), cache_key, cache_value
@@ -139,22 +143,20 @@ class Block(nnx.Module):
 
 def _cached_attention(
     query: Float[jax.Array, "B S H K"],
-    key: Float[jax.Array, "B C H_kv K"],
-    value: Float[jax.Array, "B C H_kv K"],
+    key: Float[jax.Array, "B H_kv C K"],
+    value: Float[jax.Array, "B H_kv C K"],
     slots: Int[jax.Array, "B S"],
     num_dummy: int,
 ) -> Float[jax.Array, "B S H K"]:
     B, S, H, K = query.shape
-    grouped = query.reshape(B, S, key.shape[2], -1, K)
-    logits = jnp.einsum("bsngk,bcnk->bngsc", grouped, key, preferred_element_type=jnp.float32) / jnp.sqrt(
-        1.0 * K
-    )
-    cached = jnp.arange(key.shape[1])
+    grouped = query.reshape(B, S, key.shape[1], -1, K)
+    logits = jnp.einsum("bsngk,bnck->bngsc", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(K)
+    cached = jnp.arange(key.shape[2])
     is_past = (cached <= slots[..., None]) & (cached >= num_dummy)
     # A dummy sees itself, so that its softmax, which nothing reads, stays finite.
     is_visible = is_past | (cached == slots[..., None])
     weights = jax.nn.softmax(jnp.where(is_visible[:, None, None], logits, -jnp.inf), axis=-1)
-    attended = jnp.einsum("bngsc,bcnk->bsngk", weights.astype(value.dtype), value)
+    attended = jnp.einsum("bngsc,bnck->bsngk", weights.astype(value.dtype), value)
     return attended.reshape(B, S, H, K).astype(query.dtype)
 
 
@@ -197,7 +199,7 @@ class Transformer(nnx.Module):
     def init_cache(self, num_rows: int, capacity: int) -> KeyValueCache:
         """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens."""
         heads = self.config.num_kv_heads or self.config.num_heads
-        shape = (num_rows, capacity, heads, self.config.embed_dim // self.config.num_heads)
+        shape = (num_rows, heads, capacity, self.config.embed_dim // self.config.num_heads)
         empty = [jnp.zeros(shape, self.config.compute_dtype) for _ in range(2 * self.config.num_layers)]
         half = self.config.num_layers
         return KeyValueCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(num_rows, jnp.int32))
