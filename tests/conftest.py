@@ -1,9 +1,13 @@
 """Environment of the tests. It must be set before anything imports jax or bpt_rl."""
 
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
+
+# A shell starts background jobs deaf to Ctrl-C, and the processes that tests start and interrupt would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 
