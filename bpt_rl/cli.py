@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bpt_rl import config as config_lib
 from bpt_rl import config_toml
+from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.command import Call, Verb, parse, split
 from bpt_rl.data_verbs import DATA_VERBS
 
@@ -126,6 +127,7 @@ VERBS: Mapping[str, Verb] = {
         "RUN... [options]",
         "bpt-rl report runs/at runs/dt --out report.html",
     ),
+    **BENCH_VERBS,
 }
 
 
@@ -155,7 +157,8 @@ def _find_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         name = " ".join(arguments[:length])
         if name in VERBS and len(arguments) >= length:
             return name, arguments[length:]
-    got = " ".join(arguments[:2] if arguments[0] == "data" else arguments[:1])
+    groups = {name.split()[0] for name in VERBS if " " in name}
+    got = " ".join(arguments[:2] if arguments[0] in groups else arguments[:1])
     near = difflib.get_close_matches(got, VERBS, n=1, cutoff=0.0)[0]
     raise ValueError(f"A verb must be one of {', '.join(VERBS)}; got {got!r}. Nearest: bpt-rl {near}.")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from bpt_rl import config_toml
+from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.cli import VERBS, main
 from bpt_rl.config import EvaluateConfig, TrainConfig
 from bpt_rl.datasets import exorl
@@ -130,7 +131,7 @@ def test_every_verb_has_help_with_defaults_and_an_example(verb):
 
 
 # Verbs that need no file of the user's; `data download` would try to reach its server.
-NEEDS_NOTHING = ("demo", "data list", "data download", "data collect")
+NEEDS_NOTHING = ("demo", "data list", "data download", "data collect", *BENCH_VERBS)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NEEDS_NOTHING])

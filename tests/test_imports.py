@@ -11,6 +11,7 @@ ROOMS = {
     "types": 0,
     "config": 0,
     "config_toml": 0,
+    "bench_config": 0,
     "envs": 1,
     "datasets": 2,
     "nn": 3,
@@ -18,6 +19,7 @@ ROOMS = {
     "run": 5,
     "command": 6,
     "data_verbs": 6,
+    "bench_verbs": 6,
     "cli": 6,
     "__main__": 6,
 }

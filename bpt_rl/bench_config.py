@@ -1,0 +1,103 @@
+"""Configurations of `bpt-rl bench`: what is measured, in which sizes, and how often."""
+
+import dataclasses
+from typing import Literal
+
+from bpt_rl.config import Activations, Implementation, TrainConfig
+
+
+def _check_counts(**counts: int | tuple[int, ...]) -> None:
+    for name, count in counts.items():
+        if min(count if isinstance(count, tuple) else (count,), default=0) < 1:
+            raise ValueError(f"{name} must be positive and not empty; got {count}. Choose 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBenchConfig:
+    """Training steps of one agent, on synthetic batches of one chain a row."""
+
+    tokens: tuple[int, ...] = (4096,)
+    """Lengths of a row, in tokens; multiples of the layout's tokens a step."""
+    activations: tuple[Activations, ...] = ()
+    """What layers keep; none means what the model says."""
+    implementations: tuple[Implementation, ...] = ()
+    """Attention implementations; none means that of the model."""
+    num_rows: int = 1
+    """Rows of a micro-batch."""
+    num_steps: int = 3
+    """Steps timed; the median counts."""
+    num_warmup_steps: int = 1
+    """Steps before them that are not timed."""
+    compile_only: bool = False
+    """Compile each step and report the memory it asks for, but run none."""
+    out: str = "results/bench_step.json"
+    """JSON file to write, after each measurement."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """The agent, its model and optimiser. The task gives the sizes; no store is read."""
+
+    def __post_init__(self) -> None:
+        _check_counts(tokens=self.tokens, num_rows=self.num_rows, num_steps=self.num_steps)
+        if self.num_warmup_steps < 0:
+            raise ValueError(
+                f"num_warmup_steps must not be negative; got {self.num_warmup_steps}. 1 is usual."
+            )
+        if self.train.agent == "bc":
+            raise ValueError(
+                "The agent must have a transformer, as at and dt have; got bc. Name another preset."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionBenchConfig:
+    """Attention alone, causal, each row one sequence."""
+
+    tokens: tuple[int, ...] = (1024, 4096)
+    """Lengths of the sequence."""
+    implementations: tuple[Implementation, ...] = ("reference", "blockwise", "cudnn")
+    num_rows: int = 1
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 8
+    """Key and value heads, a divisor of num_heads."""
+    head_dim: int = 128
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of query, key and value."""
+    chunk_size: int = 512
+    """Tokens of a query and of a key chunk of blockwise attention."""
+    num_calls: int = 5
+    """Calls timed, after one that is not; the median counts."""
+    out: str = "results/bench_attention.json"
+    """JSON file to write, after each measurement."""
+
+    def __post_init__(self) -> None:
+        _check_counts(tokens=self.tokens, num_rows=self.num_rows, num_heads=self.num_heads)
+        _check_counts(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, chunk_size=self.chunk_size)
+        _check_counts(num_calls=self.num_calls)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}. Use a divisor."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBenchConfig:
+    """The transformer on the tokens of one step, against a filled key-value cache."""
+
+    tokens: tuple[int, ...] = (4096,)
+    """Capacities of the cache, in tokens a row; it is full after the last call."""
+    num_rows: tuple[int, ...] = (1,)
+    """Rows decoded at once: environments."""
+    num_kv_heads: tuple[int, ...] = ()
+    """Key and value heads; none means those of the model."""
+    num_calls: int = 20
+    """Steps timed, after one that is not; the median counts."""
+    copy_bytes: int = 2**30
+    """Size of the array whose copying gives the bandwidth to compare with."""
+    out: str = "results/bench_decode.json"
+    """JSON file to write, after each measurement."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Only its model is used."""
+
+    def __post_init__(self) -> None:
+        _check_counts(tokens=self.tokens, num_rows=self.num_rows, num_calls=self.num_calls)
+        _check_counts(copy_bytes=self.copy_bytes, num_kv_heads=self.num_kv_heads or 1)

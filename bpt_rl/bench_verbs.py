@@ -1,0 +1,84 @@
+"""The verbs that measure: `bpt-rl bench ...`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bpt_rl import bench_config, config_toml
+from bpt_rl.command import Call, Verb, parse, split
+from bpt_rl.config import TrainConfig
+
+
+def _preset(call: Call) -> tuple[TrainConfig, list[str]]:
+    """Returns the training configuration that comes first, and the options behind it."""
+    names, options = split(call, "a configuration: a TOML file or a preset")
+    return config_toml.load(TrainConfig, names[0]) if names else TrainConfig(), [*names[1:], *options]
+
+
+def _step(call: Call) -> None:
+    train, options = _preset(call)
+    config = parse(bench_config.StepBenchConfig, call, options, bench_config.StepBenchConfig(train=train))
+    from bpt_rl.run.bench_step import STEP_COLUMNS, measure_steps, step_variants
+
+    _measure(call, config, measure_steps(config), num_rows=len(step_variants(config)), columns=STEP_COLUMNS)
+
+
+def _attention(call: Call) -> None:
+    config = parse(bench_config.AttentionBenchConfig, call, call.arguments)
+    from bpt_rl.run.bench_attention import ATTENTION_COLUMNS, measure_attention
+
+    num_rows = len(config.tokens) * len(config.implementations)
+    _measure(call, config, measure_attention(config), num_rows=num_rows, columns=ATTENTION_COLUMNS)
+
+
+def _decode(call: Call) -> None:
+    train, options = _preset(call)
+    config = parse(bench_config.DecodeBenchConfig, call, options, bench_config.DecodeBenchConfig(train=train))
+    from bpt_rl.run.bench_decode import DECODE_COLUMNS, decode_variants, measure_decoding
+
+    num_rows = len(decode_variants(config))
+    _measure(call, config, measure_decoding(config), num_rows=num_rows, columns=DECODE_COLUMNS)
+
+
+def _measure(call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, columns: Sequence[Any]) -> None:
+    from bpt_rl.run.bench_record import table, write_record
+    from bpt_rl.run.console import Stages
+
+    path = Path(config.out)
+    done: list[Any] = []
+    bench = call.name.removeprefix("bench ")
+
+    def write() -> None:
+        write_record(path, config, done, bench=bench, command=call.command)
+
+    # Before the first measurement too, so that a file that cannot be written is refused at once.
+    write()
+    with Stages(1) as stages, stages.stage(call.name) as advance:
+        for row in rows:
+            done.append(row)
+            write()
+            advance(len(done), num_rows)
+    print(table(done, columns))
+    print(f"Record: {path}")
+
+
+BENCH_VERBS: Mapping[str, Verb] = {
+    "bench step": Verb(
+        _step,
+        "Measure time and memory of the training step, by context length and what layers keep.",
+        "CONFIG [options]",
+        "bpt-rl bench step at_350m --tokens 32_768 131_072 --activations save_attention recompute",
+    ),
+    "bench attention": Verb(
+        _attention,
+        "Measure attention alone, each implementation beside the others.",
+        "[options]",
+        "bpt-rl bench attention --tokens 8192 32_768 --implementations blockwise cudnn",
+    ),
+    "bench decode": Verb(
+        _decode,
+        "Measure decoding a step against a filled cache, beside the bandwidth of copying.",
+        "CONFIG [options]",
+        "bpt-rl bench decode at_350m --tokens 131_072 --num-rows 1 4",
+    ),
+}

@@ -1,0 +1,73 @@
+"""Taking a measurement: time, memory, the bandwidth of copying, and the reason why there is none."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FAILURES = (ValueError, MemoryError, NotImplementedError, jax.errors.JaxRuntimeError)
+"""How a combination shows that it does not fit this device; a measurement reports them instead of ending."""
+
+
+def failure_of(error: BaseException) -> str:
+    """Returns the reason in one line of at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def median_seconds(call: Callable[[], Any], num_calls: int, *, num_warmup: int = 1) -> float:
+    """Returns the median wall time of a call, each waited for until its result is there."""
+    seconds = []
+    for _ in range(num_warmup + num_calls):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[num_warmup:])
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+    """Returns bytes read and written a second, by copying an array of `num_bytes` from end to end.
+
+    The floor of whatever must read memory once. Ten copies are dispatched at a time, so that dispatching does not
+    count.
+    """
+    copy = jax.jit(lambda x: x + 1)
+    array = jnp.zeros(max(1, num_bytes // 4), jnp.float32)
+
+    def ten_copies() -> jax.Array:
+        copied = array
+        for _ in range(10):
+            copied = copy(copied)
+        return copied
+
+    return 10 * 2 * array.nbytes / median_seconds(ten_copies, 5)
+
+
+class CompiledBytes(NamedTuple):
+    """What a compiled program asks for beside its code; None where the compiler does not say."""
+
+    argument: int | None
+    """Of its arguments, donated ones included, which also hold the results."""
+    temporary: int | None
+    """Of everything else on the device, at the worst moment."""
+    host: int | None
+    """Of temporaries in the host's memory."""
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> CompiledBytes:
+    """Returns what a compiled program asks for, as its compiler plans it."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return CompiledBytes(None, None, None)
+    return CompiledBytes(
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
+    )
+
+
+def peak_bytes() -> int | None:
+    """Returns the most bytes that this process ever held on the first device; None where it does not say."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else int(peak)
