@@ -1,0 +1,238 @@
+"""What a training step holds and computes, counted from what the code keeps, before anything is compiled.
+
+Every term is an array that the step needs at one time, in bytes a token times tokens. Left out: the batch
+itself, about a thousandth, and whatever the compiler adds.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from bpt_rl.config import Activations, ModelConfig
+
+LEVELS: tuple[Activations, ...] = ("keep", "save_attention", "recompute", "offload")
+"""What a layer may keep, fastest first: each computes or moves more than the one before it."""
+
+ACTIVATION_COPIES = {"relu": 1, "gelu": 6, "silu": 4}
+"""Hidden tensors that the derivative of the activation and the product behind it read; relu adds a mask of bytes."""
+
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A gradient step of a model."""
+
+    model: ModelConfig
+    """Its `activations` are not read: each level is asked for by name."""
+    implementation: Literal["cudnn", "blockwise"]
+    """Attention that will run."""
+    num_parameters: int
+    num_rows: int = 1
+    """Of a micro-batch."""
+    context_length: int
+    """Tokens a row."""
+    accumulation: int = 1
+    """Micro-batches."""
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.num_rows * self.context_length
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of a row that go through a feedforward at once."""
+        chunks = -(-self.context_length // self.model.feedforward_chunk_size)
+        return -(-self.context_length // chunks)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the feedforward goes chunk by chunk, and so is computed again in the backward pass."""
+        return self.chunk_length < self.context_length
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.model.compute_dtype == "bfloat16" else 4
+
+    @property
+    def kv_dim(self) -> int:
+        """Entries of a token's keys of all heads."""
+        return (
+            self.model.embed_dim // self.model.num_heads * (self.model.num_kv_heads or self.model.num_heads)
+        )
+
+    @property
+    def feedforward_dim(self) -> int:
+        """Hidden entries of a token."""
+        return self.model.feedforward_dim or 4 * self.model.embed_dim
+
+    @property
+    def projection_parameters(self) -> int:
+        """Weights that make queries, keys and values of one layer."""
+        return self.model.embed_dim * (self.model.embed_dim + 2 * self.kv_dim)
+
+    @property
+    def residual_parameters(self) -> int:
+        """Weights behind the attention of one layer: its output and the feedforward."""
+        return self.model.embed_dim * (self.model.embed_dim + 2 * self.feedforward_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes at the peak of a step: the backward pass of the last layer, when all layers' results are still kept."""
+
+    parameters: int
+    """float32."""
+    optimizer: int
+    """AdamW: two float32 moments a parameter."""
+    gradients: int
+    """float32; twice with accumulation, the sum and the micro-batch's."""
+    kept: int
+    """On the device from the forward pass to the backward pass, all layers."""
+    embeddings: int
+    """float32 token embeddings, which the norm behind them reads at the very end of the backward pass."""
+    layer: int
+    """The largest temporary: what the backward pass of one layer holds at once."""
+    host: int
+    """Pinned memory of the host."""
+
+    @property
+    def temporary(self) -> int:
+        """Device bytes beyond parameters and optimiser: what a compiled step reports as temporary."""
+        return self.gradients + self.kept + self.embeddings + self.layer
+
+    @property
+    def device(self) -> int:
+        """Device bytes in all."""
+        return self.parameters + self.optimizer + self.temporary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of a gradient step; a multiplication and an addition are two."""
+
+    attention: int
+    """Products of queries, keys and values, the causal half only; the backward pass computes the logits anew."""
+    matrices: int
+    """Products with the weights of the layers; embeddings and head, a thousandth of them, are left out."""
+
+
+def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
+    """Returns the bytes that a gradient step holds at its peak, by kind."""
+    layers, tokens = work.model.num_layers, work.num_tokens
+    stream = work.item_bytes * work.model.embed_dim
+    on_device = 0 if activations == "offload" else kept_bytes_per_token(work, activations)
+    dropped = work.model.embed_dim if work.model.dropout else 0  # a mask of bytes
+    weights = work.item_bytes * (work.projection_parameters + work.residual_parameters)
+    transient = max(_attention_bytes(work) * tokens, _residual_bytes(work))
+    return MemoryPlan(
+        parameters=_FLOAT32 * work.num_parameters,
+        optimizer=2 * _FLOAT32 * work.num_parameters,
+        gradients=_FLOAT32 * work.num_parameters * min(work.accumulation, 2),
+        kept=layers * tokens * on_device,
+        embeddings=tokens * (_FLOAT32 * work.model.embed_dim + dropped),
+        # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
+        layer=transient + 2 * weights,
+        host=layers * tokens * stream if activations == "offload" else 0,
+    )
+
+
+def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
+    """Returns the bytes that each layer keeps of a token for its backward pass, wherever they lie.
+
+    `recompute` and `offload` keep the layer's input; `save_attention` also the attention's output and float32
+    log-sum-exp; `keep` all that differentiation reads.
+    """
+    size, width = work.item_bytes, work.model.embed_dim
+    attended = size * width + _FLOAT32 * work.model.num_heads
+    if activations in ("recompute", "offload"):
+        return size * width
+    if activations == "save_attention":
+        return size * width + attended
+    # Queries, keys and values are each made from an own 16-bit copy of the normed stream.
+    normed = (3 if size < _FLOAT32 else 1) * size * width
+    kept = _norm_bytes(work) + normed + size * (width + 2 * work.kv_dim) + attended
+    if work.is_chunked:
+        # A chunk's inputs, the stream and the attention's output, laid out chunk by chunk.
+        return kept + 2 * size * width
+    return kept + size * width + _feedforward_bytes(work)
+
+
+def _norm_bytes(work: Workload) -> int:
+    """Returns what the derivative of a norm reads of a token, float32: three tensors and two statistics."""
+    return _FLOAT32 * (3 * work.model.embed_dim + 2)
+
+
+def _feedforward_bytes(work: Workload) -> int:
+    """Returns what the derivative of norm and feedforward reads of a token."""
+    model, size = work.model, work.item_bytes
+    mask = 1 if model.activation == "relu" else 0
+    hidden = work.feedforward_dim * (ACTIVATION_COPIES[model.activation] * size + mask)
+    drops = model.embed_dim * 2 if model.dropout else 0
+    return _norm_bytes(work) + size * model.embed_dim + hidden + drops
+
+
+def _attention_bytes(work: Workload) -> int:
+    """Returns what the backward pass of attention holds of a token beside what layers keep.
+
+    cuDNN sums the query gradient in float32, and gives keys and values a gradient for each query head, which are
+    then added where query heads share keys. The blockwise form lays the operands out by chunks and sums the key and
+    value gradients in float32.
+    """
+    size, width, kv_dim = work.item_bytes, work.model.embed_dim, work.kv_dim
+    projections = size * (width + 2 * kv_dim)
+    # Layer input, its norm, the gradient of the stream, the attention's output and its gradient.
+    held = 5 * size * width + 2 * projections + 2 * _FLOAT32 * work.model.num_heads
+    if work.implementation == "blockwise":
+        return held + 2 * size * width + 2 * _FLOAT32 * kv_dim
+    shared = 2 * size * width if kv_dim < width else 0
+    return held + _FLOAT32 * width + shared
+
+
+def _residual_bytes(work: Workload) -> int:
+    """Returns what the backward pass of output projection and feedforward holds beside what layers keep."""
+    size, width = work.item_bytes, work.model.embed_dim
+    # Layer input, its norm, the attention's output, the gradient that comes in, and the two that go out.
+    held = 6 * size * width + size * (width + 2 * work.kv_dim)
+    hidden_gradients = 2 * size * work.feedforward_dim
+    chunk = _feedforward_bytes(work) + hidden_gradients
+    return held * work.num_tokens + chunk * work.num_rows * work.chunk_length
+
+
+def count_flops(work: Workload, activations: Activations) -> Flops:
+    """Returns the operations that a gradient step executes, recomputation included.
+
+    A causal product of queries and keys is S^2 D operations; attention has two of them forward and five backward.
+    """
+    layers, width = work.model.num_layers, work.model.embed_dim
+    attends_again = activations in ("recompute", "offload")
+    product = work.num_rows * work.context_length**2 * width
+    projects_again = activations != "keep"
+    branches_again = projects_again or work.is_chunked
+    # What the last product of a layer gives is in nobody's derivative: it is not computed again.
+    last = width * work.feedforward_dim
+    weights = 3 * (work.projection_parameters + work.residual_parameters)
+    weights += projects_again * work.projection_parameters
+    weights += branches_again * (work.residual_parameters - last)
+    return Flops(
+        attention=work.accumulation * layers * product * (7 + 2 * attends_again),
+        matrices=work.accumulation * layers * 2 * weights * work.num_tokens,
+    )
+
+
+def longest_context(work: Workload, activations: Activations, memory: int) -> int:
+    """Returns the most tokens that one row can have in `memory` bytes of the device; 0 if not one fits."""
+
+    def fits(tokens: int) -> bool:
+        row = dataclasses.replace(work, num_rows=1, context_length=tokens)
+        return plan_memory(row, activations).device <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,214 @@
+"""Planned bytes and operations against what differentiation keeps, what compiled steps report, and an H100."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bpt_rl.config import ModelConfig
+from bpt_rl.nn.memory_plan import (
+    LEVELS,
+    Workload,
+    count_flops,
+    kept_bytes_per_token,
+    longest_context,
+    plan_memory,
+)
+from bpt_rl.nn.transformer import Transformer
+
+GIB = 2**30
+SMALL = ModelConfig(
+    embed_dim=32,
+    num_layers=2,
+    num_heads=4,
+    dropout=0.0,
+    implementation="blockwise",
+    query_chunk_size=16,
+    key_chunk_size=16,
+    compute_dtype="bfloat16",
+)
+
+
+def workload(model, tokens, implementation="blockwise", **changes):
+    fields = {"num_parameters": 1000, **changes}
+    return Workload(model=model, implementation=implementation, context_length=tokens, **fields)
+
+
+def forward(model, tokens, num_rows=1):
+    """Returns the transformer as a function of parameters and token embeddings, and the shapes of those."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(model, nnx.Rngs(0))))
+    key = jax.random.key(0) if model.dropout else None
+
+    def apply(state, x):
+        return nnx.merge(graph, state)(x, None, key)
+
+    return apply, (state, jax.ShapeDtypeStruct((num_rows, tokens, model.embed_dim), jnp.bfloat16))
+
+
+def kept_bytes(model, tokens):
+    """Returns the bytes that JAX keeps, layer by layer, between the forward and the backward pass."""
+    apply, shapes = forward(model, tokens)
+    kept = jax.eval_shape(lambda *operands: jax.vjp(apply, *operands)[1], *shapes)
+    # Layers are scanned: what each keeps is stacked, what they share is not. No other axis has that length.
+    leaves = [leaf for leaf in jax.tree.leaves(kept) if leaf.shape[:1] == (model.num_layers,)]
+    # A chunk's dropout key is a few bytes a chunk, not a token.
+    arrays = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
+
+
+@pytest.mark.parametrize(
+    ("activations", "changes"),
+    [
+        ("keep", {}),
+        ("keep", {"feedforward_chunk_size": 16, "dropout": 0.1, "compute_dtype": "float32"}),
+        ("keep", {"num_kv_heads": 2, "feedforward_dim": 96, "activation": "gelu"}),
+        ("keep", {"activation": "silu", "dropout": 0.1, "compute_dtype": "float32"}),
+        ("save_attention", {}),
+        ("save_attention", {"num_kv_heads": 2, "feedforward_chunk_size": 16, "compute_dtype": "float32"}),
+        ("recompute", {"dropout": 0.1}),
+    ],
+)
+def test_a_layer_keeps_of_a_token_what_differentiation_keeps(activations, changes):
+    model = dataclasses.replace(SMALL, num_layers=5, activations=activations, **changes)
+    # What weights take does not grow with tokens.
+    grown = kept_bytes(model, 64) - kept_bytes(model, 32)
+    assert grown == 5 * 32 * kept_bytes_per_token(workload(model, 64), activations)
+
+
+def product_flops(jaxpr):
+    """Returns twice the multiplications of all matrix products of a program, loops of known length unrolled."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            operand = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * int(np.prod([operand[axis] for axis in contracted]))
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * product_flops(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("activations", "chunk"), [("keep", 64), ("keep", 16), ("recompute", 64), ("recompute", 16)]
+)
+def test_operations_are_those_of_the_differentiated_program(activations, chunk):
+    changes = {"activations": activations, "feedforward_chunk_size": chunk, "num_kv_heads": 2}
+    model = dataclasses.replace(SMALL, implementation="reference", feedforward_dim=80, **changes)
+    apply, shapes = forward(model, 64, num_rows=3)
+    step = jax.grad(lambda *operands: apply(*operands).astype(jnp.float32).sum(), argnums=(0, 1))
+    counted = product_flops(jax.make_jaxpr(step)(*shapes).jaxpr)
+    flops = count_flops(workload(model, 64, num_rows=3), activations)
+    # The reference computes both halves of the matrix and keeps the weights: two products forward and four backward,
+    # where a fused kernel has five, of half the matrix.
+    half_products = flops.attention // (2 * 3 * 64**2 * 32)
+    assert half_products == (9 if activations == "recompute" else 7)
+    assert counted == flops.matrices + 2 * (half_products - 1) * (2 * 3 * 64**2 * 32)
+
+
+def compiled_bytes(model, tokens):
+    """Returns the temporary bytes of a compiled gradient of all parameters."""
+    apply, shapes = forward(model, tokens)
+    step = jax.jit(jax.grad(lambda *operands: apply(*operands).astype(jnp.float32).sum()))
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_compiled_memory_grows_with_layers_as_planned():
+    # float32, since XLA widens 16-bit products on a CPU, and keeps both forms; the reference compiles fastest.
+    changes = {"compute_dtype": "float32", "implementation": "reference", "activations": "recompute"}
+    model = dataclasses.replace(SMALL, **changes)
+
+    def grown(tokens):
+        temporary = [
+            compiled_bytes(dataclasses.replace(model, num_layers=layers), tokens) for layers in (2, 6)
+        ]
+        return temporary[1] - temporary[0]
+
+    # Between lengths, so that weights, their gradients and the stacks of them go out.
+    expected = 4 * 256 * kept_bytes_per_token(workload(model, 512), "recompute")
+    np.testing.assert_allclose(grown(512) - grown(256), expected, rtol=0.02)
+
+
+# Temporary GiB of the compiled training step on one H100 80 GB: 24 layers, width 1024, 8 heads of 128, bfloat16, no
+# dropout, feedforward chunks of 4096 (keep: in one), one row of one chain; 3.4 GiB of parameters and AdamW beside.
+MEASURED = [
+    (131_072, "save_attention", "cudnn", 17.0),
+    (131_072, "recompute", "cudnn", 10.9),
+    (524_288, "save_attention", "cudnn", 64.3),
+    (524_288, "recompute", "cudnn", 40.0),
+    (1_048_576, "recompute", "cudnn", 72.2),
+    (2_097_152, "offload", "cudnn", 61.3),
+    (65_536, "recompute", "blockwise", 6.3),
+    (32_768, "save_attention", "cudnn", 5.2),
+    (32_768, "keep", "cudnn", 41.0),
+]
+LARGE = ModelConfig(
+    embed_dim=1024,
+    num_layers=24,
+    num_heads=8,
+    dropout=0.0,
+    feedforward_chunk_size=4096,
+    compute_dtype="bfloat16",
+)
+
+
+@pytest.mark.parametrize(("tokens", "activations", "implementation", "temporary"), MEASURED)
+def test_planned_bytes_are_within_a_tenth_of_a_compiled_step(tokens, activations, implementation, temporary):
+    chunk = tokens if activations == "keep" else 4096
+    model = dataclasses.replace(LARGE, feedforward_chunk_size=chunk)
+    work = workload(model, tokens, implementation, num_parameters=303_109_126)
+    plan = plan_memory(work, activations)
+    assert plan.parameters + plan.optimizer == pytest.approx(3.4 * GIB, rel=0.01)
+    # The requirement; the rows above are met within 1%, but for keep and blockwise (7%) and 1,048,576 (10%).
+    assert plan.device == pytest.approx((3.4 + temporary) * GIB, rel=0.1)
+    assert plan.host == (96 * GIB if activations == "offload" else 0)
+
+
+@pytest.mark.parametrize("activations", LEVELS)
+def test_the_longest_context_fits_and_one_token_more_does_not(activations):
+    work = workload(LARGE, 4096, "cudnn", num_parameters=303_109_126, num_rows=2)
+    longest = longest_context(work, activations, 80 * GIB)
+
+    def device_bytes(tokens):
+        row = dataclasses.replace(work, num_rows=1, context_length=tokens)
+        return plan_memory(row, activations).device
+
+    assert device_bytes(longest) <= 80 * GIB < device_bytes(longest + 1)
+    assert longest_context(work, activations, 2**30) == 0
+
+
+def test_each_level_holds_less_and_computes_no_less_than_the_one_before():
+    for chunk in (256, 4096):
+        work = workload(dataclasses.replace(LARGE, feedforward_chunk_size=chunk), 2048, "cudnn")
+        device = [plan_memory(work, level).device for level in LEVELS]
+        assert device == sorted(set(device), reverse=True)
+        flops = [count_flops(work, level) for level in LEVELS]
+        totals = [count.attention + count.matrices for count in flops]
+        assert totals == sorted(totals)
+
+
+def test_rows_and_micro_batches_count():
+    one = workload(LARGE, 8192, "cudnn")
+    rows = dataclasses.replace(one, num_rows=3)
+    micro_batches = dataclasses.replace(one, accumulation=3)
+    plans = [plan_memory(work, "save_attention") for work in (one, rows, micro_batches)]
+    assert plans[1].kept == 3 * plans[0].kept
+    assert plans[2] == dataclasses.replace(plans[0], gradients=2 * plans[0].gradients)
+    flops = [count_flops(work, "recompute") for work in (one, rows, micro_batches)]
+    assert flops[1] == flops[2]
+    assert flops[1].attention == 3 * flops[0].attention
+
+
+def test_shared_keys_take_less_and_their_whole_gradients_more():
+    work = workload(LARGE, 131_072, "cudnn")
+    shared = dataclasses.replace(work, model=dataclasses.replace(LARGE, num_kv_heads=2))
+    saved = plan_memory(work, "recompute").layer - plan_memory(shared, "recompute").layer
+    # Keys, values and their gradients of six heads fewer; a gradient a query head of both for a while.
+    tensors = 4 * 6 * 128 - 2 * 1024
+    weights = 2 * 2 * 6 * 128 * 1024
+    assert saved == 2 * (131_072 * tensors + weights)
