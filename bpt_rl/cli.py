@@ -78,6 +78,15 @@ def _ablate(call: Call) -> None:
     print("\n".join(str(folder) for folder in folders))
 
 
+def _plan(call: Call) -> None:
+    names, options = split(call, "a configuration: a TOML file or a preset")
+    default = config_toml.load(config_lib.PlanConfig, names[0]) if names else None
+    config = parse(config_lib.PlanConfig, call, [*names[1:], *options], default)
+    from bpt_rl.run.plan import describe, make_plan
+
+    print(describe(make_plan(config)))
+
+
 def _report(call: Call) -> None:
     paths, options = split(call, "one or more run folders")
     config = parse(ReportOptions, call, options)
@@ -108,6 +117,12 @@ VERBS: Mapping[str, Verb] = {
         "Train an agent; the same command goes on after an interruption.",
         "CONFIG [options]",
         "bpt-rl train at_small --data.store data/walker.h5 --data.task walker_run --run runs/at",
+    ),
+    "plan": Verb(
+        _plan,
+        "Tell memory, operations, time and the longest context of a training step, before anything runs.",
+        "CONFIG [options]",
+        "bpt-rl plan at_small --device h100 --model.compute-dtype bfloat16",
     ),
     "evaluate": Verb(
         _evaluate,

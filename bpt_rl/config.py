@@ -171,6 +171,20 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """What a training run would need; no file is read but the configuration's own."""
+
+    tokens: int = 0
+    """Tokens of a row, one row a batch; 0 for the rows that data.* make of the task's full episodes."""
+    device: Literal["h100", "this"] = "this"
+    """An H100 of 80 GB, of whose memory JAX is given 95%, or the first device of this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Rollouts of a trained run in DMC."""
 

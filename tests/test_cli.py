@@ -131,7 +131,7 @@ def test_every_verb_has_help_with_defaults_and_an_example(verb):
 
 
 # Verbs that need no file of the user's; `data download` would try to reach its server.
-NEEDS_NOTHING = ("demo", "data list", "data download", "data collect", *BENCH_VERBS)
+NEEDS_NOTHING = ("demo", "plan", "data list", "data download", "data collect", *BENCH_VERBS)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NEEDS_NOTHING])

@@ -18,6 +18,7 @@ from bpt_rl.config import (
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
+    PlanConfig,
     TrainConfig,
 )
 from bpt_rl.config_toml import from_mapping, load, preset_names, to_toml
@@ -34,6 +35,7 @@ ALL = (
     DemoConfig,
     DownloadConfig,
     ExportConfig,
+    PlanConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, activations="keep"),

@@ -1,0 +1,175 @@
+"""What `bpt-rl plan` answers, against the agents that training would make and the rules it would follow."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from bpt_rl import config_toml
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.cli import main
+from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, PlanConfig
+from bpt_rl.datasets.sampling import ChainSampler
+from bpt_rl.datasets.store import Store
+from bpt_rl.envs.tasks import DOMAINS
+from bpt_rl.nn.memory_plan import LEVELS
+from bpt_rl.run import plan as plan_lib
+from bpt_rl.run.plan import GIB, H100, describe, make_plan
+from bpt_rl.run.train import init_state, make_optimizer
+
+
+def large(**changes):
+    """Returns the 350M shape for an H100, one row of 32 trajectories."""
+    model = ModelConfig(
+        embed_dim=1024,
+        num_layers=24,
+        num_heads=8,
+        dropout=0.0,
+        feedforward_chunk_size=4096,
+        compute_dtype="bfloat16",
+    )
+    data = DataConfig(num_trajectories=32, batch_size=1)
+    return PlanConfig(**{"model": model, "data": data, "device": "h100"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choice"),
+    [(4096, "keep"), (131_072, "save_attention"), (786_432, "recompute"), (2_097_152, "offload")],
+)
+def test_the_choice_is_the_fastest_level_that_fits(tokens, choice):
+    plan = make_plan(large(tokens=tokens))
+    assert plan.choice.activations == choice
+    fitting = [level for level in plan.levels if level.memory.device <= plan.device.memory]
+    assert plan.choice.seconds == min(level.seconds for level in fitting)
+    for level in plan.levels:
+        assert (level in fitting) == (tokens <= level.longest_context), level.activations
+
+
+# Seconds of the training step measured on one H100 80 GB; see `tests/nn/test_memory_plan.py` for its shape.
+MEASURED_SECONDS = [
+    (131_072, "save_attention", 6.165),
+    (131_072, "recompute", 7.74),
+    (524_288, "save_attention", 91.2),
+    (524_288, "recompute", 118.7),
+]
+
+
+@pytest.mark.parametrize(("tokens", "activations", "seconds"), MEASURED_SECONDS)
+def test_planned_seconds_are_a_floor_a_tenth_below_measured_ones(tokens, activations, seconds):
+    plan = make_plan(large(tokens=tokens))
+    [level] = [level for level in plan.levels if level.activations == activations]
+    assert 0.9 * seconds < level.seconds < seconds
+
+
+@pytest.mark.parametrize("agent", ["at", "dt"])
+def test_parameters_and_state_are_those_of_training(agent, trained):
+    statistics = trained.statistics()
+    model = ModelConfig(layout="fused", embed_dim=16, num_layers=1, num_heads=2)
+    data = DataConfig(task="cartpole_swingup", num_trajectories=1)
+    config = PlanConfig(agent=agent, data=data, model=model)
+    # A plan's episodes have their 1000 control steps; those of this run hold each action for 20.
+    statistics = dataclasses.replace(statistics, episode_steps=1000)
+    optimizer = make_optimizer(OptimizerConfig())
+    state = jax.eval_shape(lambda: init_state(make_agent(config, statistics), optimizer, 0))
+    plan = make_plan(config)
+    assert plan.workload.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    memory = plan.levels[0].memory
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # The state also counts its steps, three times in four bytes.
+    assert num_bytes - (memory.parameters + memory.optimizer) == 12
+
+
+@pytest.mark.parametrize("changes", [{}, {"context_length": 400}, {"window": 20, "num_trajectories": 1}])
+def test_rows_are_those_that_the_sampler_makes(changes, store_path, monkeypatch):
+    # The store's episodes have 50 steps.
+    domain = dataclasses.replace(DOMAINS["cartpole"], episode_steps=50)
+    monkeypatch.setattr(plan_lib, "DOMAINS", {"cartpole": domain})
+    fields = {"task": "cartpole_swingup", "num_trajectories": 2, "batch_size": 5} | changes
+    data = DataConfig(store=str(store_path), **fields)
+    model = ModelConfig(layout="return_state_action_reward", embed_dim=16, compute_dtype="bfloat16")
+    plan = make_plan(PlanConfig(data=data, model=model, device="h100"))
+    with Store.open(store_path) as store:
+        sampler = ChainSampler(store, data, model.layout, 0)
+    work = plan.workload
+    assert (work.num_rows, work.context_length) == (sampler.num_rows, sampler.context_length)
+    # Segment ids, which cuDNN's kernel cannot take, go with rows of several chains.
+    assert work.implementation == ("cudnn" if sampler.is_one_chain_a_row else "blockwise")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "cudnn"),
+        ({"compute_dtype": "float32"}, "blockwise"),
+        ({"num_heads": 4}, "blockwise"),
+        ({"implementation": "blockwise"}, "blockwise"),
+    ],
+)
+def test_attention_is_what_auto_would_take(changes, expected):
+    config = large(tokens=65_536)
+    plan = make_plan(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
+    assert plan.workload.implementation == expected
+    has_seconds = [level.seconds is not None for level in plan.levels]
+    assert has_seconds == [expected == "cudnn"] * len(LEVELS)
+    assert ("Step time is left out: no rate was measured" in describe(plan)) == (expected == "blockwise")
+
+
+def test_a_processor_moves_nothing_to_the_host_and_gives_no_time():
+    plan = make_plan(large(device="this", tokens=1024))
+    assert [level.activations for level in plan.levels] == ["keep", "save_attention", "recompute"]
+    assert all(level.memory.host == 0 and level.seconds is None for level in plan.levels)
+    assert "Step time is left out: no rates were measured on this machine's CPU." in describe(plan)
+
+
+def test_a_step_that_fits_nowhere_names_three_ways_out():
+    plan = make_plan(large(tokens=4_194_304))
+    assert plan.choice is None
+    longest = plan.levels[-1].longest_context
+    need = plan.levels[-1].memory.device / GIB
+    said = describe(plan).splitlines()[-1]
+    assert f"even offload takes {need:.1f} GiB. Three ways out: " in said
+    assert f"up to {longest:,} tokens" in said
+
+
+def test_the_command_prints_each_kind_of_each_level(capsys):
+    line = "plan at_small --device h100 --tokens 131072 --model.compute-dtype bfloat16 --model.num-layers 24"
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    base = config_toml.load(PlanConfig, "at_small")
+    model = dataclasses.replace(base.model, compute_dtype="bfloat16", num_layers=24)
+    plan = make_plan(dataclasses.replace(base, model=model, tokens=131_072, device="h100"))
+    assert out == describe(plan) + "\n"
+    rows = {row[:23].strip(): row[23:].split() for row in out.splitlines()[4:17]}
+    assert rows[""] == list(LEVELS)
+    kinds = ("parameters", "optimizer", "gradients", "kept activations", "token embeddings")
+    parts = [[float(cell) for cell in rows[f"{kind}, GiB"]] for kind in (*kinds, "largest temporary")]
+    whole = [float(cell) for cell in rows["device in all, GiB"]]
+    # Seven numbers, each rounded to a hundredth.
+    np.testing.assert_allclose(np.sum(parts, axis=0), whole, atol=0.035)
+    assert plan.device == H100
+    assert f"{plan.workload.num_parameters:,} parameters" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("bc10", "must be of a transformer; got agent 'bc'"),
+        ("at_small --model.implementation reference", "got implementation 'reference'. Use auto,"),
+        (
+            "at_small --data.context-length 3999",
+            "must hold a whole chain; got 3999 tokens for 4 trajectories of 1000",
+        ),
+        ("at_paper --tokens 1001", "must be a positive multiple of the layout's tokens a step; got 1001"),
+        ("at_small --data.task walker_rnu", "Nearest valid one: 'walker_run'"),
+        ("at_small --tokens -1", "tokens must not be negative; got -1"),
+        ("", "`bpt-rl plan` needs a configuration"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_the_rule(options, message, capsys):
+    try:
+        status = main(["plan", *options.split()])
+    except SystemExit as ended:
+        status = ended.code
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert (status, message in err) == (2, True), err
