@@ -187,8 +187,6 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig) -> StepR
             row = _run(row, config, lambda state: compiled(state, batch, key), jax.jit(make_state)())
     except FAILURES as error:
         return dataclasses.replace(row, failure=failure_of(error))
-    if row.loss is not None and not math.isfinite(row.loss):
-        return dataclasses.replace(row, loss=None, failure=f"the loss must be finite; got {row.loss}")
     flops = row.num_rows * train.optimizer.accumulation * step_flops(train.model, row.tokens)
     rate = flops / row.step_seconds if row.step_seconds else None
     return dataclasses.replace(row, model_flops_per_second=rate)
@@ -197,22 +195,24 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig) -> StepR
 def _run(
     row: StepRow, config: StepBenchConfig, step: Callable[[TrainState], Any], state: TrainState
 ) -> StepRow:
-    losses: list[jax.Array] = []
+    losses: list[float] = []
 
     def call() -> TrainState:
         nonlocal state
         state, metrics = step(state)
-        losses.append(metrics["loss"])
+        losses.append(float(metrics["loss"]))
         return state
 
     before = peak_bytes()
     seconds = median_seconds(call, config.num_steps, num_warmup=config.num_warmup_steps)
     after = peak_bytes()
     tokens = row.num_rows * row.tokens * config.train.optimizer.accumulation
+    bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     return dataclasses.replace(
         row,
         peak_bytes=None if after == before else after,
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        loss=float(losses[0]),
+        loss=losses[0] if math.isfinite(losses[0]) else None,
+        failure=f"the loss of step {bad[0]} is {losses[bad[0] - 1]}" if bad else "",
     )
