@@ -123,7 +123,8 @@ def learn_bytes(num_steps: int, seed: int) -> dict[str, Any]:
 def measure_step(config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Compiles one training step, and runs it unless told otherwise; returns bytes, seconds and losses."""
     init, mean_loss = make_model(config, GPT_VOCABULARY_SIZE)
-    optimizer = make_optimizer(OptimizerConfig())
+    # Without warm-up, which would make the first step an idle one.
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0))
     start = functools.partial(init_state, init, optimizer)
     text = jax.ShapeDtypeStruct((1, options.tokens + 1), jnp.int32)
     step = jax.jit(make_step(mean_loss, optimizer), donate_argnums=0)

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bpt_rl.config import ModelConfig
-from bpt_rl.nn.transformer import Transformer, drop
+from bpt_rl.nn.transformer import Transformer
 from bpt_rl.nn.vocabulary_loss import vocabulary_losses
 
 GPT_VOCABULARY_SIZE = 50_257
@@ -69,9 +69,7 @@ class LanguageModel(nnx.Module):
         """Returns the normed stream whose product with the embedding is the logits; no dropout without a key."""
         # Looked up in float32 and cast then, not before: the gradient of a frequent token is a long sum.
         x = self.embed(tokens).astype(self.config.compute_dtype)
-        keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
-        x = drop(x, self.config.dropout, keys[0])
-        return self.transformer(x, None, keys[1]).astype(self.config.compute_dtype)
+        return self.transformer(x, None, dropout_key).astype(self.config.compute_dtype)
 
     def losses(
         self,

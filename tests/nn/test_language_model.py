@@ -132,6 +132,21 @@ def test_bfloat16_losses_are_float32_and_near_float32_ones(make, text):
     np.testing.assert_allclose(losses, expected, rtol=0, atol=0.1)
 
 
+def test_a_frequent_tokens_gradient_is_summed_in_float32_however_small_its_terms(make):
+    tokens = jnp.full((1, 1024), 3, jnp.int32)
+    changes = {"num_layers": 1, "feedforward_chunk_size": 256}
+    gradients = [
+        losses_and_gradient(*make(compute_dtype=dtype, **changes), tokens, tokens + 2)[1]["embed"][
+            "embedding"
+        ]
+        for dtype in ("bfloat16", "float32")
+    ]
+    # 1024 nearly equal terms of eight bits each; a bfloat16 sum would stop growing at 256 times one of them.
+    np.testing.assert_allclose(
+        gradients[0][3], gradients[1][3], rtol=0, atol=0.05 * np.abs(gradients[1][3]).max()
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "num_parameters"), [("1.3B", 1_310_986_240), ("2.7B", 2_645_406_720), ("6.7B", 6_648_569_856)]
 )
