@@ -136,16 +136,18 @@ def test_compiled_memory_grows_with_layers_as_planned():
 
 # Temporary GiB of the compiled training step on one H100 80 GB: 24 layers, width 1024, 8 heads of 128, bfloat16, no
 # dropout, feedforward chunks of 4096 (keep: in one), one row of one chain; 3.4 GiB of parameters and AdamW beside.
+# Last, how far off the plan may be: a tenth is asked for.
 MEASURED = [
-    (131_072, "save_attention", "cudnn", 17.0),
-    (131_072, "recompute", "cudnn", 10.9),
-    (524_288, "save_attention", "cudnn", 64.3),
-    (524_288, "recompute", "cudnn", 40.0),
-    (1_048_576, "recompute", "cudnn", 72.2),
-    (2_097_152, "offload", "cudnn", 61.3),
-    (65_536, "recompute", "blockwise", 6.3),
-    (32_768, "save_attention", "cudnn", 5.2),
-    (32_768, "keep", "cudnn", 41.0),
+    (131_072, "save_attention", "cudnn", 17.0, 0.01),
+    (131_072, "recompute", "cudnn", 10.9, 0.01),
+    (524_288, "save_attention", "cudnn", 64.3, 0.01),
+    (524_288, "recompute", "cudnn", 40.0, 0.01),
+    # The compiler finds 7 GiB less at this length alone; with offload it is a fifth of the whole.
+    (1_048_576, "recompute", "cudnn", 72.2, 0.1),
+    (2_097_152, "offload", "cudnn", 61.3, 0.01),
+    (65_536, "recompute", "blockwise", 6.3, 0.03),
+    (32_768, "save_attention", "cudnn", 5.2, 0.01),
+    (32_768, "keep", "cudnn", 41.0, 0.07),
 ]
 LARGE = ModelConfig(
     embed_dim=1024,
@@ -157,15 +159,16 @@ LARGE = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(("tokens", "activations", "implementation", "temporary"), MEASURED)
-def test_planned_bytes_are_within_a_tenth_of_a_compiled_step(tokens, activations, implementation, temporary):
+@pytest.mark.parametrize(("tokens", "activations", "implementation", "temporary", "tolerance"), MEASURED)
+def test_planned_bytes_are_those_of_a_compiled_step(
+    tokens, activations, implementation, temporary, tolerance
+):
     chunk = tokens if activations == "keep" else 4096
     model = dataclasses.replace(LARGE, feedforward_chunk_size=chunk)
     work = workload(model, tokens, implementation, num_parameters=303_109_126)
     plan = plan_memory(work, activations)
     assert plan.parameters + plan.optimizer == pytest.approx(3.4 * GIB, rel=0.01)
-    # The requirement; the rows above are met within 1%, but for keep and blockwise (7%) and 1,048,576 (10%).
-    assert plan.device == pytest.approx((3.4 + temporary) * GIB, rel=0.1)
+    assert plan.device == pytest.approx((3.4 + temporary) * GIB, rel=tolerance)
     assert plan.host == (96 * GIB if activations == "offload" else 0)
 
 
@@ -212,3 +215,22 @@ def test_shared_keys_take_less_and_their_whole_gradients_more():
     tensors = 4 * 6 * 128 - 2 * 1024
     weights = 2 * 2 * 6 * 128 * 1024
     assert saved == 2 * (131_072 * tensors + weights)
+
+
+def test_a_feedforward_in_one_piece_makes_the_largest_temporary():
+    def layer(chunk):
+        model = dataclasses.replace(LARGE, feedforward_chunk_size=chunk)
+        return plan_memory(workload(model, 131_072, "cudnn"), "recompute").layer
+
+    whole, weights = layer(131_072), 2 * 2 * 12 * 1024**2
+    # Nine 16-bit tensors of the stream's size; the norm's three in float32, two statistics and its 16-bit result; the
+    # hidden tensor, its mask of bytes, and its gradients before and behind the activation.
+    token = 9 * 2 * 1024 + (3 * 4 * 1024 + 2 * 4 + 2 * 1024) + 4096 * (2 + 1 + 2 * 2)
+    assert whole == 131_072 * token + weights
+    assert layer(4096) == layer(2048) < whole / 2
+
+
+def test_dropout_keeps_a_mask_of_the_embeddings():
+    masked = workload(dataclasses.replace(LARGE, dropout=0.1), 4096, "cudnn")
+    plans = [plan_memory(work, "recompute") for work in (workload(LARGE, 4096, "cudnn"), masked)]
+    assert plans[1].embeddings - plans[0].embeddings == 4096 * 1024

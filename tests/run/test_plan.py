@@ -80,7 +80,7 @@ def test_parameters_and_state_are_those_of_training(agent, trained):
     assert num_bytes - (memory.parameters + memory.optimizer) == 12
 
 
-@pytest.mark.parametrize("changes", [{}, {"context_length": 400}, {"window": 20, "num_trajectories": 1}])
+@pytest.mark.parametrize("changes", [{}, {"context_length": 800}, {"window": 20, "num_trajectories": 1}])
 def test_rows_are_those_that_the_sampler_makes(changes, store_path, monkeypatch):
     # The store's episodes have 50 steps.
     domain = dataclasses.replace(DOMAINS["cartpole"], episode_steps=50)
