@@ -39,7 +39,9 @@ class DecodeRow:
     parameter_bytes: int | None = None
     """Of the transformer, as they are kept (float32): every step must read them too."""
     temporary_bytes: int | None = None
-    """A copy of the cache would show here."""
+    """Temporaries, as the compiler plans them."""
+    result_bytes: int | None = None
+    """Results outside the donated cache: one that is not written in place would show here."""
     step_seconds: float | None = None
     """Median over calls, each waited for."""
     bytes_per_second: float | None = None
@@ -117,13 +119,15 @@ def _measure(row: DecodeRow, model: ModelConfig, num_calls: int) -> DecodeRow:
         out, cache = compiled(params, x, cache)
         return out, cache
 
+    asked = compiled_bytes(compiled)
     seconds = median_seconds(step, num_calls)
     rate = (cache_bytes + parameter_bytes) / seconds
     return dataclasses.replace(
         row,
         cache_bytes=cache_bytes,
         parameter_bytes=parameter_bytes,
-        temporary_bytes=compiled_bytes(compiled).temporary,
+        temporary_bytes=asked.temporary,
+        result_bytes=asked.result,
         step_seconds=seconds,
         bytes_per_second=rate,
         copy_share=rate / row.copy_bytes_per_second,

@@ -50,7 +50,9 @@ class CompiledBytes(NamedTuple):
     """What a compiled program asks for beside its code; None where the compiler does not say."""
 
     argument: int | None
-    """Of its arguments, donated ones included, which also hold the results."""
+    """Of its arguments, donated ones included."""
+    result: int | None
+    """Of results that do not lie in donated arguments."""
     temporary: int | None
     """Of everything else on the device, at the worst moment."""
     host: int | None
@@ -61,9 +63,12 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> CompiledBytes:
     """Returns what a compiled program asks for, as its compiler plans it."""
     memory = compiled.memory_analysis()
     if memory is None:
-        return CompiledBytes(None, None, None)
+        return CompiledBytes(None, None, None, None)
     return CompiledBytes(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
+        argument=memory.argument_size_in_bytes,
+        result=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
     )
 
 
