@@ -29,7 +29,7 @@ class Rates:
     """Operations a second of a card's kernels."""
 
     attention: float
-    """cuDNN's causal attention, heads of 128, forward and backward together, of the causal half only."""
+    """cuDNN's causal attention, heads of 128, two products forward and five backward, of the causal half."""
     matrices: float
     """A large bfloat16 matrix product."""
 
@@ -66,7 +66,7 @@ class Level:
     flops: Flops
     seconds: float | None
     """Of a step whose attention and matrix products run at their kernels' rates and which does nothing else. Measured
-    on an H100, steps of 131,072 and 524,288 tokens took 7 to 10% longer, those of 32,768 29%. None without rates."""
+    on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer, those of 32,768 23 to 30%. None without rates."""
     longest_context: int
     """Tokens of one row that fit the device."""
 
