@@ -66,7 +66,8 @@ class Level:
     flops: Flops
     seconds: float | None
     """Of a step whose attention and matrix products run at their kernels' rates and which does nothing else. Measured
-    on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer, those of 32,768 23 to 30%. None without rates."""
+    on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer, those of 32,768 23 to 30%. None if no rates
+    were measured."""
     longest_context: int
     """Tokens of one row that fit the device."""
 
