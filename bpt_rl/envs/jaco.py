@@ -6,10 +6,8 @@ fixed site and is not observed. Only these parts are imported, since `labmaze` i
 Source: Yarats et al. 2022 (ExoRL), `custom_dmc_tasks/jaco.py` of the public code.
 """
 
-import contextlib
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,8 @@ from dm_control.composer import initializers
 from dm_control.composer.variation import distributions
 from dm_control.manipulation.shared import arenas, cameras, constants, observations, robots, workspaces
 from dm_control.utils import rewards
+
+from bpt_rl.envs.reports import unreported
 
 GOALS: Mapping[str, tuple[float, float, float]] = {
     "reach_top_left": (-0.09, 0.09, 0.001),
@@ -74,25 +74,11 @@ class Reach(composer.Task):  # type: ignore[misc]  # dm_control carries no types
     def initialize_episode(self, physics: Any, random_state: np.random.RandomState) -> None:
         """Closes the fingers by a random share and puts the tool centre somewhere in `START`, at rest."""
         self._hand.set_grasp(physics, close_factors=random_state.uniform())
-        with _unreported_retries():
+        # Inverse kinematics reports starts that it cannot reach; another one is drawn then.
+        with unreported("Failed to converge"):
             self._start(physics, random_state)
 
     def get_reward(self, physics: Any) -> float:
         """Returns the reward of the simulator's present state."""
         distance = np.linalg.norm(physics.bind(self._hand.tool_center_point).xpos - self._goal)
         return float(rewards.tolerance(distance, bounds=(0, GOAL_RADIUS), margin=GOAL_RADIUS))
-
-
-@contextlib.contextmanager
-def _unreported_retries() -> Iterator[None]:
-    """Silences inverse kinematics about a start that it cannot reach: another one is drawn then."""
-    absl = logging.getLogger("absl")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return "Failed to converge" not in record.getMessage()
-
-    absl.addFilter(is_news)
-    try:
-        yield
-    finally:
-        absl.removeFilter(is_news)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from gymnasium.vector import VectorEnv
 from jaxtyping import Float
 
 from bpt_rl.envs import processes, reward_functions
+from bpt_rl.envs.reports import unreported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,16 +323,7 @@ def require_mujoco() -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what importing dm_control and compiling its models say and a user can do nothing about."""
-    absl = logging.getLogger("absl")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return "settotalmass" not in record.getMessage()
-
-    absl.addFilter(is_news)
-    try:
-        with warnings.catch_warnings():
-            # Looking for a display that a machine without a screen does not have.
-            warnings.filterwarnings("ignore", module="glfw")
-            yield
-    finally:
-        absl.removeFilter(is_news)
+    with unreported("settotalmass"), warnings.catch_warnings():
+        # Looking for a display that a machine without a screen does not have.
+        warnings.filterwarnings("ignore", module="glfw")
+        yield

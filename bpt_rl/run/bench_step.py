@@ -18,8 +18,9 @@ from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, Domain, domain_of
 from bpt_rl.run.bench_measurement import FAILURES, compiled_bytes, failure_of, median_seconds, peak_bytes
 from bpt_rl.run.bench_record import Column
+from bpt_rl.run.synthetic import synthetic_statistics
 from bpt_rl.run.train import TrainState, init_state, make_optimizer, train_step
-from bpt_rl.types import DataStatistics, PackedBatch
+from bpt_rl.types import PackedBatch
 
 GIB = 2**30
 
@@ -82,25 +83,6 @@ def step_flops(model: ModelConfig, num_tokens: int) -> int:
     hidden = model.feedforward_dim or 4 * width
     entries = 2 * width * width + 2 * width * key_width + 2 * width * hidden
     return 3 * model.num_layers * (2 * entries * num_tokens + 2 * num_tokens**2 * width)
-
-
-def synthetic_statistics(task: str, domain: Domain) -> DataStatistics:
-    """Returns statistics in the sizes of a domain, of data that needs no scaling."""
-    return DataStatistics(
-        task=task,
-        observation_mean=(0.0,) * domain.observation_dim,
-        observation_std=(1.0,) * domain.observation_dim,
-        action_dim=domain.action_dim,
-        action_repeat=1,
-        episode_steps=domain.episode_steps,
-        returns=(1.0,),
-        reward_abs_max=1.0,
-        num_episodes=1,
-        source="synthetic",
-        subset="full",
-        subset_digest="",
-        digest="",
-    )
 
 
 def synthetic_batch(config: TrainConfig, domain: Domain, num_tokens: int, num_rows: int) -> PackedBatch:

@@ -19,7 +19,8 @@ from bpt_rl.nn.memory_plan import (
     longest_context,
     plan_memory,
 )
-from bpt_rl.types import LAYOUTS, DataStatistics
+from bpt_rl.run.synthetic import synthetic_statistics
+from bpt_rl.types import LAYOUTS
 
 GIB = 2**30
 
@@ -157,9 +158,7 @@ def _workload(config: PlanConfig, device: Device) -> Workload:
             )
         num_rows = -(-config.data.batch_size // chains_per_row)
         is_one_chain_a_row = chains_per_row == 1
-    statistics = _statistics(
-        config.data.task, domain.observation_dim, domain.action_dim, domain.episode_steps
-    )
+    statistics = synthetic_statistics(config.data.task, domain)
     shapes = jax.eval_shape(make_agent(config, statistics).init, jax.random.key(0))
     return Workload(
         model=config.model,
@@ -168,25 +167,6 @@ def _workload(config: PlanConfig, device: Device) -> Workload:
         num_rows=num_rows,
         context_length=context_length,
         accumulation=config.optimizer.accumulation,
-    )
-
-
-def _statistics(task: str, observation_dim: int, action_dim: int, episode_steps: int) -> DataStatistics:
-    """Returns statistics of the right sizes; the scales do not enter shapes."""
-    return DataStatistics(
-        task=task,
-        observation_mean=(0.0,) * observation_dim,
-        observation_std=(1.0,) * observation_dim,
-        action_dim=action_dim,
-        action_repeat=1,
-        episode_steps=episode_steps,
-        returns=(1.0,),
-        reward_abs_max=1.0,
-        num_episodes=1,
-        source="",
-        subset="",
-        subset_digest="",
-        digest="",
     )
 
 

@@ -22,7 +22,7 @@ from bpt_rl.cli import main
 from bpt_rl.config import ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.nn.transformer import Transformer
-from bpt_rl.run import bench_attention, bench_decode, bench_step
+from bpt_rl.run import bench_attention, bench_decode, bench_step, synthetic
 from bpt_rl.run.bench_measurement import copy_bandwidth, failure_of, median_seconds
 from bpt_rl.run.bench_record import Column, table
 
@@ -110,7 +110,7 @@ def test_bench_step_measures_the_training_step(tmp_path):
     measured, refused = record["rows"]
 
     domain = DOMAINS["walker"]
-    agent = make_agent(TRAIN, bench_step.synthetic_statistics("walker_run", domain))
+    agent = make_agent(TRAIN, synthetic.synthetic_statistics("walker_run", domain))
     params = agent.init(jax.random.key(TRAIN.seed))
     batch = bench_step.synthetic_batch(TRAIN, domain, 12, 2)
     loss, _ = agent.loss(params, jax.tree.map(lambda leaf: leaf[0], batch), None)
@@ -339,7 +339,7 @@ def test_a_record_that_cannot_be_written_is_refused_before_measuring(tmp_path):
 
 def test_the_preset_is_of_the_size_its_name_says():
     train = config_toml.load(TrainConfig, "at_350m")
-    agent = make_agent(train, bench_step.synthetic_statistics("walker_run", DOMAINS["walker"]))
+    agent = make_agent(train, synthetic.synthetic_statistics("walker_run", DOMAINS["walker"]))
     shapes = jax.eval_shape(lambda: agent.init(jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(303e6, rel=0.01)
     assert Path(train.run).name == "at_350m"
