@@ -7,7 +7,7 @@ from typing import Literal
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Algorithm = Literal["random", "ornstein_uhlenbeck"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
-Activations = Literal["keep", "save_attention", "recompute", "offload"]
+Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 Place = Literal["auto", "accelerator", "host", "stream"]
 
 
@@ -54,8 +54,14 @@ class ModelConfig:
     feedforward_chunk_size: int = 2048
     """Tokens a chunk of the blockwise feedforward."""
     activations: Activations = "recompute"
-    """What each layer keeps for the backward pass: everything, its input and its attention's result, its input alone
-    (the rest is computed again), or its input in the host's memory."""
+    """What each layer keeps for the backward pass: everything, its input and its attention's result, the same two in
+    the host's memory, its input alone (the rest is computed again), or its input in the host's memory."""
+    head_groups: int = 1
+    """Groups of heads that are projected and attend one after another, a divisor of the key and value heads: more
+    groups, smaller temporaries."""
+    layer_groups: int = 1
+    """Groups of layers, a divisor of num_layers, of which only the first layer's input is kept until the backward
+    pass reaches them: less is kept, for one more forward pass; 1 for none."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters stay float32."""
 
@@ -72,6 +78,15 @@ class ModelConfig:
             raise ValueError(
                 f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}. "
                 "Use a divisor, or 0 for one key head per query head."
+            )
+        if self.head_groups < 1 or (self.num_kv_heads or self.num_heads) % self.head_groups:
+            raise ValueError(
+                f"head_groups must divide the key and value heads; got {self.head_groups} and "
+                f"{self.num_kv_heads or self.num_heads}. Use a divisor."
+            )
+        if self.layer_groups < 1 or self.num_layers % self.layer_groups:
+            raise ValueError(
+                f"layer_groups must divide num_layers; got {self.layer_groups} and {self.num_layers}. Use a divisor."
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}. 0 switches it off.")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core.primitives import name_p
 
 from bpt_rl.config import Activations
 from bpt_rl.nn.blockwise import RESIDUAL_NAME
@@ -24,29 +25,40 @@ def rematerialised(layer: Callable[..., Any], activations: Activations) -> Calla
         keep: everything; nothing is computed twice.
         save_attention: the layer's input, and the attention's output and log-sum-exp: all but the attention is
           computed again, which is most of the work in a long context.
+        offload_attention: the same, in the host's pinned memory; on a CPU that is where it lies anyway.
         recompute: the layer's input.
-        offload: the layer's input, in the host's pinned memory; on a CPU that is where it lies anyway.
+        offload: the layer's input, in the host's pinned memory.
+        auto: recompute; whoever knows the device has chosen before (`bpt_rl.run.plan`).
     """
-    policies = jax.checkpoint_policies
-    match activations:
-        case "keep":
-            return layer
-        case "save_attention":
-            policy = policies.save_from_both_policies(
-                _is_fused_attention, policies.save_only_these_names(RESIDUAL_NAME)
-            )
-        case "recompute":
-            policy = policies.nothing_saveable
-        case "offload":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[LAYER_INPUT],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
+    if activations == "keep":
+        return layer
     # A scan's body is never shared between the passes, so barriers against it would only cost time.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.checkpoint(layer, policy=_policy(activations), prevent_cse=False)
 
 
-def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    return str(primitive.name).startswith(_FUSED_ATTENTION)
+def _policy(activations: Activations) -> Callable[..., Any]:
+    """Returns what is done with the result of a primitive: kept (true), computed again, or moved to the host."""
+    moving = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    moved = moving(name_p, name=LAYER_INPUT)
+    layer_input, attended = {
+        "auto": (False, False),
+        "recompute": (False, False),
+        "save_attention": (False, True),
+        "offload_attention": (moved, moved),
+        "offload": (moved, False),
+    }[activations]
+
+    def policy(primitive: Any, *_: Any, **parameters: Any) -> Any:
+        name = parameters.get("name") if primitive is name_p else None
+        if name == LAYER_INPUT:
+            return layer_input
+        if name == RESIDUAL_NAME or str(primitive.name).startswith(_FUSED_ATTENTION):
+            return attended
+        return False
+
+    return policy
