@@ -10,8 +10,11 @@ from typing import Literal
 
 from bpt_rl.config import Activations, ModelConfig
 
-LEVELS: tuple[Activations, ...] = ("keep", "save_attention", "recompute", "offload")
+LEVELS: tuple[Activations, ...] = ("keep", "save_attention", "offload_attention", "recompute", "offload")
 """What a layer may keep, fastest first: each computes or moves more than the one before it."""
+
+IN_HOST: tuple[Activations, ...] = ("offload_attention", "offload")
+"""Levels that keep it in the host's memory."""
 
 ACTIVATION_COPIES = {"relu": 1, "gelu": 6, "silu": 4}
 """Hidden tensors that the derivative of the activation and the product behind it read; relu adds a mask of bytes."""
@@ -108,6 +111,10 @@ class MemoryPlan:
         """Device bytes in all."""
         return self.parameters + self.optimizer + self.temporary
 
+    def fits(self, memory: int, host_memory: int | None) -> bool:
+        """Whether device and host have the bytes; a host of None has."""
+        return self.device <= memory and (host_memory is None or self.host <= host_memory)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
@@ -122,8 +129,7 @@ class Flops:
 def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     """Returns the bytes that a gradient step holds at its peak, by kind."""
     layers, tokens = work.model.num_layers, work.num_tokens
-    stream = work.item_bytes * work.model.embed_dim
-    on_device = 0 if activations == "offload" else kept_bytes_per_token(work, activations)
+    kept = layers * tokens * kept_bytes_per_token(work, activations)
     dropped = work.model.embed_dim if work.model.dropout else 0  # a mask of bytes
     weights = work.item_bytes * (work.projection_parameters + work.residual_parameters)
     transient = max(_attention_bytes(work) * tokens, _residual_bytes(work))
@@ -131,25 +137,25 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
         parameters=_FLOAT32 * work.num_parameters,
         optimizer=2 * _FLOAT32 * work.num_parameters,
         gradients=_FLOAT32 * work.num_parameters * min(work.accumulation, 2),
-        kept=layers * tokens * on_device,
+        kept=0 if activations in IN_HOST else kept,
         embeddings=tokens * (_FLOAT32 * work.model.embed_dim + dropped),
         # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
         layer=transient + 2 * weights,
-        host=layers * tokens * stream if activations == "offload" else 0,
+        host=kept if activations in IN_HOST else 0,
     )
 
 
 def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
     """Returns the bytes that each layer keeps of a token for its backward pass, wherever they lie.
 
-    `recompute` and `offload` keep the layer's input; `save_attention` also the attention's output and float32
-    log-sum-exp; `keep` all that differentiation reads.
+    `recompute` and `offload` keep the layer's input; `save_attention` and `offload_attention` also the attention's
+    output and float32 log-sum-exp; `keep` all that differentiation reads.
     """
     size, width = work.item_bytes, work.model.embed_dim
     attended = size * width + _FLOAT32 * work.model.num_heads
     if activations in ("recompute", "offload"):
         return size * width
-    if activations == "save_attention":
+    if activations in ("save_attention", "offload_attention"):
         return size * width + attended
     # Queries, keys and values are each made from an own 16-bit copy of the normed stream.
     normed = (3 if size < _FLOAT32 else 1) * size * width
@@ -222,12 +228,21 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     )
 
 
-def longest_context(work: Workload, activations: Activations, memory: int) -> int:
-    """Returns the most tokens that one row can have in `memory` bytes of the device; 0 if not one fits."""
+def longest_context(
+    work: Workload, activations: Activations, memory: int, *, host_memory: int | None = None
+) -> int:
+    """Returns the most tokens that one row can have; 0 if not one fits.
+
+    Args:
+      work: Its rows do not count.
+      activations: What a layer keeps.
+      memory: Bytes of the device.
+      host_memory: Bytes of the host; None for as many as it takes.
+    """
 
     def fits(tokens: int) -> bool:
         row = dataclasses.replace(work, num_rows=1, context_length=tokens)
-        return plan_memory(row, activations).device <= memory
+        return plan_memory(row, activations).fits(memory, host_memory)
 
     low, high = 0, 1
     while fits(high):

@@ -11,6 +11,7 @@ from bpt_rl.datasets import capacity
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.nn.memory_plan import (
+    IN_HOST,
     LEVELS,
     Flops,
     MemoryPlan,
@@ -42,6 +43,8 @@ class Device:
     name: str
     memory: int
     """Bytes that JAX may take."""
+    host_memory: int | None = None
+    """Bytes of the host; None if they are not known."""
     has_cudnn: bool = True
     is_host: bool = False
     """Whether its memory is the host's, so that nothing can be moved out of it."""
@@ -81,7 +84,7 @@ class Plan:
     device: Device
     workload: Workload
     levels: tuple[Level, ...]
-    """Fastest first; offload only where the host has a memory of its own."""
+    """Fastest first; those that move what is kept to the host only where it has a memory of its own."""
     reason_without_seconds: str
     """Empty if steps are timed."""
 
@@ -103,7 +106,9 @@ def make_plan(config: PlanConfig) -> Plan:
     device = H100 if config.device == "h100" else this_device()
     workload = _workload(config, device)
     levels = []
-    for activations in LEVELS[:-1] if device.is_host else LEVELS:
+    for activations in LEVELS:
+        if device.is_host and activations in IN_HOST:
+            continue
         flops = count_flops(workload, activations)
         levels.append(
             Level(
@@ -111,7 +116,9 @@ def make_plan(config: PlanConfig) -> Plan:
                 memory=plan_memory(workload, activations),
                 flops=flops,
                 seconds=_seconds(device, workload, flops),
-                longest_context=longest_context(workload, activations, device.memory),
+                longest_context=longest_context(
+                    workload, activations, device.memory, host_memory=device.host_memory
+                ),
             )
         )
     return Plan(
@@ -249,4 +256,4 @@ def _table(plan: Plan) -> str:
     if not plan.reason_without_seconds:
         rows.append(["step at kernel rates, s", *(f"{level.seconds:.3g}" for level in plan.levels)])
     rows.append(["longest row that fits", *(f"{level.longest_context:,}" for level in plan.levels)])
-    return "\n".join(f"{name:<23}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows)
+    return "\n".join(f"{name:<23}" + "".join(f"{cell:>19}" for cell in cells) for name, *cells in rows)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.memory_plan import (
+    IN_HOST,
     LEVELS,
     Workload,
     count_flops,
@@ -68,6 +69,7 @@ def kept_bytes(model, tokens):
         ("keep", {"activation": "silu", "dropout": 0.1, "compute_dtype": "float32"}),
         ("save_attention", {}),
         ("save_attention", {"num_kv_heads": 2, "feedforward_chunk_size": 16, "compute_dtype": "float32"}),
+        ("offload_attention", {}),
         ("recompute", {"dropout": 0.1}),
     ],
 )
@@ -178,19 +180,28 @@ def test_the_longest_context_fits_and_one_token_more_does_not(activations):
     work = workload(LARGE, 4096, "cudnn", num_parameters=303_109_126, num_rows=2)
     longest = longest_context(work, activations, 80 * GIB)
 
-    def device_bytes(tokens):
-        row = dataclasses.replace(work, num_rows=1, context_length=tokens)
-        return plan_memory(row, activations).device
+    def row(tokens):
+        return dataclasses.replace(work, num_rows=1, context_length=tokens)
 
-    assert device_bytes(longest) <= 80 * GIB < device_bytes(longest + 1)
+    here, more = (plan_memory(row(tokens), activations).device for tokens in (longest, longest + 1))
+    assert here <= 80 * GIB < more
     assert longest_context(work, activations, 2**30) == 0
+    halved = longest_context(
+        work, activations, 80 * GIB, host_memory=plan_memory(row(longest), activations).host // 2
+    )
+    assert halved == (longest // 2 if activations in IN_HOST else longest)
 
 
 def test_each_level_holds_less_and_computes_no_less_than_the_one_before():
     for chunk in (256, 4096):
         work = workload(dataclasses.replace(LARGE, feedforward_chunk_size=chunk), 2048, "cudnn")
-        device = [plan_memory(work, level).device for level in LEVELS]
+        plans = [plan_memory(work, level) for level in LEVELS]
+        # Levels in the host's memory hold nothing on the device, and in all what the same level holds there.
+        device = [plan.device for level, plan in zip(LEVELS, plans, strict=True) if level not in IN_HOST]
         assert device == sorted(set(device), reverse=True)
+        for moved, level in (("offload_attention", "save_attention"), ("offload", "recompute")):
+            there, here = plan_memory(work, moved), plan_memory(work, level)
+            assert (there.kept, there.host, there.device) == (0, here.kept, here.device - here.kept)
         flops = [count_flops(work, level) for level in LEVELS]
         totals = [count.attention + count.matrices for count in flops]
         assert totals == sorted(totals)

@@ -35,7 +35,7 @@ def large(**changes):
 
 @pytest.mark.parametrize(
     ("tokens", "choice"),
-    [(4096, "keep"), (131_072, "save_attention"), (786_432, "recompute"), (2_097_152, "offload")],
+    [(4096, "keep"), (131_072, "save_attention"), (786_432, "offload_attention")],
 )
 def test_the_choice_is_the_fastest_level_that_fits(tokens, choice):
     plan = make_plan(large(tokens=tokens))
