@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from bpt_rl.datasets.chains import reaches
+from bpt_rl.datasets.chains import completions
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
+from bpt_rl.types import LAYOUTS
 
 
 class CachedCarry(NamedTuple):
@@ -54,8 +55,28 @@ def _decode(
     return cache, jnp.clip(action.mean + jnp.exp(action.log_std) * noise, -1, 1)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _longer(array: jax.Array, num_more: int) -> jax.Array:
+    return jnp.pad(array, ((0, 0), (0, 0), (0, num_more), (0, 0)))
+
+
+def _grow(cache: KeyValueCache, num_more: int) -> KeyValueCache:
+    """Returns a cache with room for more tokens; the one given is gone, array by array: never two at once."""
+
+    def moved(array: jax.Array) -> jax.Array:
+        longer = jax.block_until_ready(_longer(array, num_more))
+        array.delete()
+        return longer
+
+    return cache._replace(keys=tuple(map(moved, cache.keys)), values=tuple(map(moved, cache.values)))
+
+
 class CachedPolicy:
-    """Policy of a trajectory model; its actions are those of the full forward pass over the chain so far."""
+    """Policy of a trajectory model; its actions are those of the full forward pass over the chain so far.
+
+    Each step reads the whole cache, so the cache is not made as long as the chain: it starts small and doubles
+    when the longest context fills it. Over a long chain that halves the reading, for one more compilation a size.
+    """
 
     def __init__(
         self,
@@ -67,6 +88,7 @@ class CachedPolicy:
         clear_context: bool,
         completion: str,
         sample_seed: int | None = None,
+        first_capacity: int = 4096,
     ) -> None:
         """Binds parameters to a policy.
 
@@ -78,6 +100,7 @@ class CachedPolicy:
           clear_context: Forget everything at each episode's end.
           completion: `per_episode` or `per_step`, as in training.
           sample_seed: Draw actions from the Gaussian head; their mean if None.
+          first_capacity: Tokens of the smallest cache, unless the whole context needs fewer.
         """
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
         self._graph = graph
@@ -86,14 +109,27 @@ class CachedPolicy:
         self._clear_context = clear_context
         self._completion = completion
         self._model = nnx.merge(graph, params)
-        self._capacity = (1 if clear_context else num_episodes) * self._model.episode_steps
+        self._tokens_per_step = LAYOUTS[self._model.config.layout]
+        self._num_steps = (1 if clear_context else num_episodes) * self._model.episode_steps
+        self._first_steps = -(-first_capacity // self._tokens_per_step)
+
+    def _capacity(self, num_steps: int) -> int:
+        """Returns the steps of the smallest cache that holds so many."""
+        capacity = self._first_steps
+        while capacity < num_steps:
+            capacity *= 2
+        return min(capacity, self._num_steps)
+
+    def _with_room(self, cache: KeyValueCache, num_steps: int) -> KeyValueCache:
+        num_more = self._capacity(num_steps) * self._tokens_per_step - cache.keys[0].shape[2]
+        return _grow(cache, num_more) if num_more > 0 else cache
 
     def start(self, num_environments: int) -> CachedCarry:
         """Returns the carry of empty contexts."""
         zeros = np.zeros(num_environments, np.float32)
         indices = np.zeros(num_environments, np.int32)
         return CachedCarry(
-            cache=self._model.init_cache(num_environments, self._capacity),
+            cache=self._model.init_cache(num_environments, self._capacity(1)),
             num_calls=0,
             num_steps=indices,
             is_cleared=np.zeros(num_environments, bool),
@@ -117,9 +153,9 @@ class CachedPolicy:
             of the data.
         """
         num_steps = np.where(carry.is_cleared, 0, carry.num_steps) + 1
-        if num_steps.max() > self._capacity:
+        if num_steps.max() > self._num_steps:
             raise ValueError(
-                f"The context must hold every step of its chain; it holds {self._capacity} and step "
+                f"The context must hold every step of its chain; it holds {self._num_steps} and step "
                 f"{num_steps.max()} came. Make the policy with a larger num_episodes."
             )
         self._model.check_steps(carry.step)
@@ -137,7 +173,8 @@ class CachedPolicy:
             episode=carry.episode,
         )
         key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
-        cache, drawn = _decode(self._graph, self._params, carry.cache, carry.is_cleared, inputs, key)
+        cache = self._with_room(carry.cache, int(num_steps.max()))
+        cache, drawn = _decode(self._graph, self._params, cache, carry.is_cleared, inputs, key)
         action = np.asarray(drawn)
         carry = carry._replace(
             cache=cache,
@@ -153,9 +190,13 @@ class CachedPolicy:
         self, carry: CachedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
     ) -> CachedCarry:
         """Returns the carry after a step's reward."""
-        reached = reaches(-carry.return_to_go + reward, 0.0, self._normalizer.return_scale)
-        if self._completion == "per_episode":
-            reached &= done
+        reached = completions(
+            carry.return_to_go,
+            reward,
+            done,
+            scale=self._normalizer.return_scale,
+            completion=self._completion,
+        )
         carry = carry._replace(
             previous_reward=reward.astype(np.float32),
             previous_completion=reached.astype(np.float32),

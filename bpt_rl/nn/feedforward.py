@@ -1,28 +1,30 @@
 """Token-wise functions applied chunk by chunk, so that their wide intermediate tensors stay small."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import PyTree, Shaped
 
 
 def blockwise_map(
-    function: Callable[..., Array],
-    inputs: Sequence[Float[Array, "B S _"]],
+    function: Callable[..., Any],
+    inputs: Sequence[Shaped[jax.Array, "B S *_"]],
     chunk_size: int,
     *,
     key: jax.Array | None = None,
-) -> Float[Array, "B S D_out"]:
+) -> PyTree[Shaped[jax.Array, "B S *_"]]:
     """Returns `function(*inputs, key)`, computed over chunks of the sequence and recomputed in the backward pass.
 
     A feedforward's [B, S, 4 D] hidden tensor then never exists: neither pass holds more of it than one
     chunk. A sequence of at most one chunk goes straight through `function`, and nothing is recomputed.
 
     Args:
-      function: Maps arrays [B, C, D_i] and a key to [B, C, D_out] for any C, each token by itself and without
-        side effects: no statistics across tokens. It may close over parameters; they receive gradients.
-      inputs: Activations, of the same B and S.
+      function: Maps arrays [B, C, ...] and a key to one array [B, C, ...], or a tree of them, for any C, each token
+        by itself and without side effects: no statistics across tokens. It may close over parameters; they receive
+        gradients.
+      inputs: Of the same B and S.
       chunk_size: Most tokens of a chunk. Chunks are evened out, so it need not divide S.
       key: Draws random numbers; each chunk gets one of its own, or None without it.
 
@@ -39,13 +41,17 @@ def blockwise_map(
     num_chunks = -(-S // chunk_size)
     even_size = -(-S // num_chunks)
 
-    def cut(x: Array) -> Array:
+    def cut(x: jax.Array) -> jax.Array:
         # The last token repeated, not zeros: a function singular at zero would make parameter gradients NaN.
-        padded = jnp.pad(x, ((0, 0), (0, num_chunks * even_size - S), (0, 0)), mode="edge")
-        return jnp.moveaxis(padded.reshape(B, num_chunks, even_size, x.shape[-1]), 1, 0)
+        widths = ((0, 0), (0, num_chunks * even_size - S)) + ((0, 0),) * (x.ndim - 2)
+        padded = jnp.pad(x, widths, mode="edge")
+        return jnp.moveaxis(padded.reshape(B, num_chunks, even_size, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * even_size, *x.shape[3:])[:, :S]
 
     # Inside a loop nothing can be shared between the passes, so the barriers against it would only cost time.
     body = jax.checkpoint(function, prevent_cse=False)
     keys = None if key is None else jax.random.split(key, num_chunks)
     outputs = jax.lax.map(lambda chunk: body(*chunk[0], chunk[1]), ([cut(x) for x in inputs], keys))
-    return jnp.moveaxis(outputs, 0, 1).reshape(B, num_chunks * even_size, outputs.shape[-1])[:, :S]
+    return jax.tree.map(join, outputs)

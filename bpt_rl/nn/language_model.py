@@ -69,7 +69,9 @@ class LanguageModel(nnx.Module):
         """Returns the normed stream whose product with the embedding is the logits; no dropout without a key."""
         # Looked up in float32 and cast then, not before: the gradient of a frequent token is a long sum.
         x = self.embed(tokens).astype(self.config.compute_dtype)
-        return self.transformer(x, None, dropout_key).astype(self.config.compute_dtype)
+        dtype = jnp.dtype(self.config.compute_dtype)
+        stream: Array = self.transformer(x, None, dropout_key, read=lambda normed: normed.astype(dtype))
+        return stream
 
     def losses(
         self,

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
+from bpt_rl.nn.feedforward import blockwise_map
 from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop
 from bpt_rl.types import LAYOUTS, PackedBatch
 
@@ -106,33 +107,71 @@ class TrajectoryModel(nnx.Module):
         log_std = output[..., self.action_dim :]
         return ActionDistribution(mean, jnp.clip(log_std, -5, 1) if log_std.size else jnp.zeros_like(mean))
 
-    def embed(self, batch: PackedBatch) -> Float[jax.Array, "B S D"]:
-        """Returns the token embeddings of a normalised batch, the tokens of a step side by side."""
-        place = self._place(batch.step, batch.episode)
-        return_to_go = self.embed_return(batch.return_to_go[..., None])
-        observation = self.embed_observation(batch.observation)
+    def embed(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> Float[jax.Array, "B S D"]:
+        """Returns the token embeddings of a normalised batch, the tokens of a step side by side.
+
+        They are made chunk by chunk in float32, and leave in the compute type.
+        """
+        is_fused = self.config.layout == "fused"
+        action, reward, completion = (
+            _previous(batch) if is_fused else (batch.action, batch.reward, batch.completion)
+        )
+        inputs = (
+            batch.return_to_go,
+            batch.observation,
+            action,
+            reward,
+            completion,
+            batch.step,
+            batch.episode,
+        )
+        tokens_per_step = LAYOUTS[self.config.layout]
+        chunk_steps = max(1, self.config.feedforward_chunk_size // tokens_per_step)
+        tokens: jax.Array = blockwise_map(
+            self._tokens, [jnp.asarray(x) for x in inputs], chunk_steps, key=dropout_key
+        )
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+
+    def _tokens(
+        self,
+        return_to_go: Float[jax.Array, "B T"],
+        observation: Float[jax.Array, "B T O"],
+        action: Float[jax.Array, "B T A"],
+        reward: Float[jax.Array, "B T"],
+        completion: Float[jax.Array, "B T"],
+        step: Int[jax.Array, "B T"],
+        episode: Int[jax.Array, "B T"],
+        dropout_key: jax.Array | None,
+    ) -> Float[jax.Array, "B T N D"]:
+        """Returns the N tokens of each step; in the fused layout action, reward and completion are the last step's."""
+        place = self._place(step, episode)
+        embedded_return = self.embed_return(return_to_go[..., None])
+        embedded_observation = self.embed_observation(observation)
+        embedded_action = self.embed_action(action)
         if self.config.layout == "fused":
-            previous_action, reward, completion = _previous(batch)
-            action = self.embed_action(previous_action)
-            tokens = [return_to_go + observation + action + self._outcome(reward, completion) + place]
+            outcome = self._outcome(reward, completion)
+            tokens = [embedded_return + embedded_observation + embedded_action + outcome + place]
         else:
-            tokens = [return_to_go + place, observation + place, self.embed_action(batch.action) + place]
+            tokens = [embedded_return + place, embedded_observation + place, embedded_action + place]
             if self.config.layout == "return_state_action_reward":
-                tokens.append(self._outcome(batch.reward, batch.completion) + place)
-        stacked = jnp.stack(tokens, axis=2)
-        return jnp.asarray(self.embed_norm(stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])))
+                tokens.append(self._outcome(reward, completion) + place)
+        normed = self.embed_norm(jnp.stack(tokens, axis=2))
+        return drop(normed, self.config.dropout, dropout_key).astype(self.config.compute_dtype)
 
     def __call__(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> ActionDistribution:
         """Returns the predicted action of every step of a normalised batch, [B, T, A]."""
         tokens_per_step = LAYOUTS[self.config.layout]
-        x = self.embed(batch)
         keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
-        x = drop(x, self.config.dropout, keys[0])
         ids = batch.segment_ids
-        segment_ids = None if ids is None else jnp.repeat(ids, tokens_per_step, axis=1)
-        x = self.transformer(x, segment_ids, keys[1])
         # The observation's token is the second of several, or the only one.
-        return self._read(x[:, min(1, tokens_per_step - 1) :: tokens_per_step])
+        action: ActionDistribution = self.transformer(
+            self.embed(batch, keys[0]),
+            None if ids is None else jnp.repeat(ids, tokens_per_step, axis=1),
+            keys[1],
+            read=self._read,
+            tokens=slice(min(1, tokens_per_step - 1), None, tokens_per_step),
+        )
+        return action
 
     def init_cache(self, num_rows: int, num_steps: int) -> KeyValueCache:
         """Returns an empty cache for contexts of `num_steps` steps."""

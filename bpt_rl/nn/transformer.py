@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
 from bpt_rl.nn.feedforward import blockwise_map
-from bpt_rl.nn.rematerialisation import LAYER_INPUT, rematerialised
+from bpt_rl.nn.rematerialisation import LAYER_INPUT, keeping_attention, scan_layers
 from bpt_rl.nn.rotary import apply_rotary
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -32,7 +33,15 @@ class KeyValueCache(NamedTuple):
     """Tokens held for each row; a row may be cleared by setting its length to 0."""
 
 
-def drop(x: Float[jax.Array, "B S D"], rate: float, key: jax.Array | None) -> Float[jax.Array, "B S D"]:
+class ProjectionKernels(NamedTuple):
+    """Weights that make queries, keys and values of some of a layer's heads."""
+
+    query: Float[jax.Array, "D HK"]
+    key: Float[jax.Array, "D H_kvK"]
+    value: Float[jax.Array, "D H_kvK"]
+
+
+def drop(x: Float[jax.Array, "B S *_"], rate: float, key: jax.Array | None) -> Float[jax.Array, "B S *_"]:
     """Drops entries with probability `rate` and scales up the rest; none without a key."""
     if key is None or rate == 0:
         return x
@@ -67,15 +76,63 @@ class Block(nnx.Module):
         self.expand = linear(config.embed_dim, hidden)
         self.contract = linear(hidden, config.embed_dim, kernel_init=residual)
 
+    def kernels(self) -> ProjectionKernels:
+        """Returns the weights of all heads."""
+        return ProjectionKernels(*(layer.kernel[...] for layer in (self.query, self.key, self.value)))
+
     def project(
-        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"]
+        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"], kernels: ProjectionKernels
     ) -> tuple[Float[jax.Array, "B S H K"], Float[jax.Array, "B S H_kv K"], Float[jax.Array, "B S H_kv K"]]:
-        """Returns queries, keys and values, queries and keys turned by their positions."""
-        normed = self.attention_norm(x)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query = apply_rotary(self.query(normed).reshape(heads), positions)
-        key = apply_rotary(self.key(normed).reshape(heads), positions)
-        return query, key, self.value(normed).reshape(heads)
+        """Returns queries, keys and values of the heads of `kernels`, turned by their positions where it matters."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        normed = self.attention_norm(x).astype(dtype)
+        query, key, value = (
+            jnp.matmul(normed, kernel.astype(dtype)).reshape(*x.shape[:2], -1, self.head_dim)
+            for kernel in kernels
+        )
+        return apply_rotary(query, positions), apply_rotary(key, positions), value
+
+    def attend(
+        self,
+        x: Float[jax.Array, "B S D"],
+        positions: Int[jax.Array, "B S"],
+        segment_ids: Int[jax.Array, "B S"] | None,
+    ) -> Float[jax.Array, "B S HK"]:
+        """Returns what the heads attend to, side by side; groups of heads one after another."""
+        config, num_groups = self.config, self.config.head_groups
+
+        def attend_with(kernels: ProjectionKernels) -> Float[jax.Array, "B S H K"]:
+            query, key, value = blockwise_map(
+                lambda x, positions, _: self.project(x, positions, kernels),
+                (x, positions),
+                config.feedforward_chunk_size,
+            )
+            return dot_product_attention(
+                query,
+                key,
+                value,
+                implementation=config.implementation,
+                segment_ids=segment_ids,
+                query_chunk_size=config.query_chunk_size,
+                key_chunk_size=config.key_chunk_size,
+            )
+
+        kernels = self.kernels()
+        if num_groups == 1:
+            return attend_with(kernels).reshape(*x.shape[:2], -1)
+        one_group = attend_with if config.activations == "keep" else keeping_attention(attend_with)
+
+        def visit(attended: jax.Array, inputs: tuple[jax.Array, ProjectionKernels]) -> tuple[jax.Array, None]:
+            index, kernels = inputs
+            return jax.lax.dynamic_update_index_in_dim(attended, one_group(kernels), index, axis=2), None
+
+        split = jax.tree.map(
+            lambda kernel: kernel.reshape(kernel.shape[0], num_groups, -1).swapaxes(0, 1), kernels
+        )
+        shape = (*x.shape[:2], num_groups, config.num_heads // num_groups, self.head_dim)
+        empty = jnp.zeros(shape, config.compute_dtype)
+        attended, _ = jax.lax.scan(visit, empty, (jnp.arange(num_groups), split))
+        return attended.reshape(*x.shape[:2], -1)
 
     def feedforward(self, x: Float[jax.Array, "B S D"]) -> Float[jax.Array, "B S D"]:
         """Returns the feedforward branch, without its residual."""
@@ -89,19 +146,10 @@ class Block(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> Float[jax.Array, "B S D"]:
         """Returns the stream after this block; tokens see earlier tokens of their own segment."""
-        config = self.config
-        query, key, value = self.project(x, positions)
-        attended = dot_product_attention(
-            query,
-            key,
-            value,
-            implementation=config.implementation,
-            segment_ids=segment_ids,
-            query_chunk_size=config.query_chunk_size,
-            key_chunk_size=config.key_chunk_size,
-        )
-        inputs = (x, attended.reshape(*x.shape[:2], -1))
-        return blockwise_map(self._residuals, inputs, config.feedforward_chunk_size, key=dropout_key)
+        inputs = (x, self.attend(x, positions, segment_ids))
+        chunk_size = self.config.feedforward_chunk_size
+        stream: jax.Array = blockwise_map(self._residuals, inputs, chunk_size, key=dropout_key)
+        return stream
 
     def _residuals(
         self,
@@ -132,7 +180,7 @@ class Block(nnx.Module):
           num_dummy: First slots of the cache that no later token may see.
         """
         slots = length[:, None] + jnp.arange(x.shape[1])
-        query, key, value = self.project(x, slots)
+        query, key, value = self.project(x, slots, self.kernels())
         write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0)))
         cache_key = write(cache_key, key.swapaxes(1, 2).astype(cache_key.dtype), length)
         cache_value = write(cache_value, value.swapaxes(1, 2).astype(cache_value.dtype), length)
@@ -174,17 +222,22 @@ class Transformer(nnx.Module):
         x: Float[jax.Array, "B S D"],
         segment_ids: Int[jax.Array, "B S"] | None,
         dropout_key: jax.Array | None = None,
-    ) -> Float[jax.Array, "B S D"]:
-        """Returns the normed stream of a packed batch of token embeddings.
+        *,
+        read: Callable[[Float[jax.Array, "B C D"]], Any] = lambda normed: normed,
+        tokens: slice = slice(None),
+    ) -> Any:
+        """Returns what `read` makes of the normed stream of a packed batch of token embeddings.
 
         Args:
           x: Token embeddings.
           segment_ids: Tokens see only tokens of their own segment; None where each row is one.
           dropout_key: Draws dropout; none without it.
+          read: Maps normed tokens [B, C, D] to a tree of arrays [B, C, ...], each token by itself; it goes over them
+            chunk by chunk.
+          tokens: Those to be read.
         """
         graph, stacked = nnx.split(self.blocks)
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        x = x.astype(self.config.compute_dtype)
+        config, positions = self.config, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
         def layer(stream: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             state, index = inputs
@@ -192,9 +245,11 @@ class Transformer(nnx.Module):
             stream = checkpoint_name(stream, LAYER_INPUT)
             return nnx.merge(graph, state)(stream, positions, segment_ids, key), None
 
-        body = rematerialised(layer, self.config.activations)
-        x, _ = jax.lax.scan(body, x, (stacked, jnp.arange(self.config.num_layers)))
-        return jnp.asarray(self.norm(x))
+        layers = (stacked, jnp.arange(config.num_layers))
+        stream = scan_layers(layer, x.astype(config.compute_dtype), layers, config)
+        return blockwise_map(
+            lambda x, _: read(self.norm(x)), (stream[:, tokens],), config.feedforward_chunk_size
+        )
 
     def init_cache(self, num_rows: int, capacity: int) -> KeyValueCache:
         """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens."""

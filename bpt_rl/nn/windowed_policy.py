@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from bpt_rl.datasets.chains import reaches
+from bpt_rl.datasets.chains import completions
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import TrajectoryModel
 from bpt_rl.types import PackedBatch
@@ -124,9 +124,13 @@ class WindowedPolicy:
         self, carry: WindowedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
     ) -> WindowedCarry:
         """Returns the carry after a step's reward; an episode's end empties its window."""
-        reached = reaches(-carry.return_to_go + reward, 0.0, self._normalizer.return_scale)
-        if self._completion == "per_episode":
-            reached &= done
+        reached = completions(
+            carry.return_to_go,
+            reward,
+            done,
+            scale=self._normalizer.return_scale,
+            completion=self._completion,
+        )
         fields = {name: values.copy() for name, values in carry.window._asdict().items()}
         place = (np.arange(len(done)), carry.num_filled - 1)
         fields["reward"][place] = reward
