@@ -25,11 +25,15 @@ class StepBenchConfig:
     num_rows: int = 1
     """Rows of a micro-batch."""
     num_steps: int = 3
-    """Steps timed; the median counts."""
+    """Steps timed; the median counts, or the first that takes 20 seconds, which is then the last."""
     num_warmup_steps: int = 1
     """Steps before them that are not timed."""
+    forward_only: bool = False
+    """Run the forward pass alone, for its loss; times, rates and memory are then its own."""
     compile_only: bool = False
     """Compile each step and report the memory it asks for, but run none."""
+    floors: bool = True
+    """Also time attention and a large matrix product alone, for the share of the step that they would take."""
     out: str = "results/bench_step.json"
     """JSON file to write, after each measurement."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Float
@@ -68,32 +69,71 @@ def _measure(row: AttentionRow, config: AttentionBenchConfig) -> AttentionRow:
         query_chunk_size=config.chunk_size,
         key_chunk_size=config.chunk_size,
     )
+    shape = AttentionShape(
+        num_rows=config.num_rows,
+        num_tokens=row.tokens,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+    )
+    times = time_attention(attend, shape, config.num_calls)
+    flops = forward_flops(config, row.tokens)
+    return dataclasses.replace(
+        row,
+        forward_seconds=times.forward,
+        forward_flops_per_second=flops / times.forward,
+        both_seconds=times.both,
+        both_flops_per_second=3 * flops / times.both,
+        temporary_bytes=times.temporary_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Operands of attention."""
+
+    num_rows: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+class AttentionTimes(NamedTuple):
+    """Seconds of a call, and bytes."""
+
+    forward: float
+    both: float
+    """With the gradients of query, key and value."""
+    temporary_bytes: int | None
+    """Of the two passes together."""
+
+
+def time_attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], shape: AttentionShape, num_calls: int
+) -> AttentionTimes:
+    """Returns medians over calls on random operands; a call of five seconds is made once, and no other before it."""
 
     def both(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         _, gradients_of = jax.vjp(attend, query, key, value)
         return tuple(gradients_of(gradient))
 
-    query, key, value, gradient = _operands(config, row.tokens)
+    query, key, value, gradient = _operands(shape)
     forward = jax.jit(attend).lower(query, key, value).compile()
     backward = jax.jit(both).lower(query, key, value, gradient).compile()
-    forward_seconds = median_seconds(lambda: forward(query, key, value), config.num_calls)
-    both_seconds = median_seconds(lambda: backward(query, key, value, gradient), config.num_calls)
-    flops = forward_flops(config, row.tokens)
-    return dataclasses.replace(
-        row,
-        forward_seconds=forward_seconds,
-        forward_flops_per_second=flops / forward_seconds,
-        both_seconds=both_seconds,
-        both_flops_per_second=3 * flops / both_seconds,
-        temporary_bytes=compiled_bytes(backward).temporary,
+    return AttentionTimes(
+        median_seconds(lambda: forward(query, key, value), num_calls, enough=5),
+        median_seconds(lambda: backward(query, key, value, gradient), num_calls, enough=5),
+        compiled_bytes(backward).temporary,
     )
 
 
-def _operands(config: AttentionBenchConfig, num_tokens: int) -> list[Tensor]:
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
+def _operands(shape: AttentionShape) -> list[Tensor]:
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     keys = jax.random.split(jax.random.key(0), len(heads))
-    shape = (config.num_rows, num_tokens)
     return [
-        jax.random.normal(key, (*shape, count, config.head_dim), config.dtype)
+        jax.random.normal(key, (shape.num_rows, shape.num_tokens, count, shape.head_dim), shape.dtype)
         for key, count in zip(keys, heads, strict=True)
     ]

@@ -22,7 +22,7 @@ from bpt_rl.cli import main
 from bpt_rl.config import ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.nn.transformer import Transformer
-from bpt_rl.run import bench_attention, bench_decode, bench_step, synthetic
+from bpt_rl.run import bench_attention, bench_decode, bench_step, bench_subject, synthetic
 from bpt_rl.run.bench_measurement import copy_bandwidth, failure_of, median_seconds
 from bpt_rl.run.bench_record import Column, table
 
@@ -74,13 +74,13 @@ def test_step_operations_count_every_matrix_of_a_layer_and_half_of_the_attention
     entries = sum(leaf.size for leaf in jax.tree.leaves(blocks) if leaf.ndim == 3)
     num_tokens = 10
     attention = 2 * (2 * num_tokens * num_tokens * 24) / 2
-    assert bench_step.step_flops(model, num_tokens) == 3 * (2 * entries * num_tokens + 3 * attention)
+    assert bench_subject.step_flops(model, num_tokens) == 3 * (2 * entries * num_tokens + 3 * attention)
 
 
 def test_step_operations_are_those_of_the_rates_published_here():
     model = config_toml.load(TrainConfig, "at_350m").model
     # 6.07 s a step were 457 TFLOP/s; both are rounded to three digits.
-    assert bench_step.step_flops(model, 131_072) / 6.07e12 == pytest.approx(457, rel=2e-3)
+    assert bench_subject.step_flops(model, 131_072) / 6.07e12 == pytest.approx(457, rel=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["return_state_action_reward", "fused"])
@@ -90,7 +90,7 @@ def test_synthetic_chains_fill_their_rows_with_whole_episodes(layout):
     )
     domain = dataclasses.replace(DOMAINS["walker"], episode_steps=3)
     num_tokens = 32 if layout == "return_state_action_reward" else 8
-    batch = bench_step.synthetic_batch(train, domain, num_tokens, 3)
+    batch = bench_subject.synthetic_batch(train, domain, num_tokens, 3)
     assert batch.observation.shape == (2, 3, 8, 24)
     assert batch.action.shape == (2, 3, 8, 6)
     assert batch.step[1, 2].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -100,7 +100,7 @@ def test_synthetic_chains_fill_their_rows_with_whole_episodes(layout):
     assert (batch.loss_mask == 1).all()
     # Rows and micro-batches are drawn apart, and twice the same.
     assert len(np.unique(batch.observation)) == batch.observation.size
-    again = bench_step.synthetic_batch(train, domain, num_tokens, 3)
+    again = bench_subject.synthetic_batch(train, domain, num_tokens, 3)
     np.testing.assert_array_equal(batch.observation, again.observation)
 
 
@@ -112,7 +112,7 @@ def test_bench_step_measures_the_training_step(tmp_path):
     domain = DOMAINS["walker"]
     agent = make_agent(TRAIN, synthetic.synthetic_statistics("walker_run", domain))
     params = agent.init(jax.random.key(TRAIN.seed))
-    batch = bench_step.synthetic_batch(TRAIN, domain, 12, 2)
+    batch = bench_subject.synthetic_batch(TRAIN, domain, 12, 2)
     loss, _ = agent.loss(params, jax.tree.map(lambda leaf: leaf[0], batch), None)
     # Before any update, and equal but for the order of float32 sums.
     assert measured["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -123,8 +123,15 @@ def test_bench_step_measures_the_training_step(tmp_path):
     assert measured["compile_seconds"] > 0
     assert measured["tokens_per_second"] * measured["step_seconds"] == pytest.approx(24)
     operations = measured["model_flops_per_second"] * measured["step_seconds"]
-    assert operations == pytest.approx(2 * bench_step.step_flops(TINY, 12))
+    assert operations == pytest.approx(2 * bench_subject.step_flops(TINY, 12))
     assert measured["failure"] == ""
+    # A layer that keeps everything attends once in each direction; 12 x 8 x 8 weights, each in three products.
+    matrices = 3 * 2 * (12 * 8 * 8) * 24
+    floor = measured["attention_both_seconds"] + matrices / measured["matrix_flops_per_second"]
+    assert measured["floor_seconds"] == pytest.approx(floor)
+    assert measured["floor_share"] * measured["step_seconds"] == pytest.approx(floor)
+    rate = measured["utilization"] * measured["matrix_flops_per_second"]
+    assert rate == pytest.approx(measured["model_flops_per_second"])
 
     assert "must have a GPU" in refused["failure"]
     assert (refused["implementation"], refused["step_seconds"], refused["loss"]) == ("cudnn", None, None)
@@ -141,6 +148,12 @@ def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
         "step_seconds",
         "tokens_per_second",
         "model_flops_per_second",
+        "matrix_flops_per_second",
+        "utilization",
+        "attention_forward_seconds",
+        "attention_both_seconds",
+        "floor_seconds",
+        "floor_share",
         "loss",
     }
     assert "step s" not in out
@@ -149,7 +162,7 @@ def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
 def test_a_loss_that_is_not_finite_is_a_failure():
     optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e30)
     train = dataclasses.replace(TRAIN, optimizer=optimizer)
-    config = StepBenchConfig(tokens=(12,), num_rows=2, num_steps=3, train=train)
+    config = StepBenchConfig(tokens=(12,), num_rows=2, num_steps=3, floors=False, train=train)
     [row] = bench_step.measure_steps(config)
     # Finite at the first step, before the update that breaks the parameters.
     assert row.loss < 10

@@ -1,0 +1,155 @@
+"""Compiling a step and running it: what it asks for, what it takes, and how far that is from the floor."""
+
+import dataclasses
+import math
+import time
+from typing import Any, TypeVar
+
+import jax
+
+from bpt_rl.run.bench_floor import KernelTimes, floor_seconds
+from bpt_rl.run.bench_measurement import compiled_bytes, median_seconds, peak_bytes
+from bpt_rl.run.bench_record import Column
+from bpt_rl.run.bench_subject import Subject
+
+GIB = 2**30
+ENOUGH_SECONDS = 20.0
+"""A step of this length is not repeated: beside it, what a first step does in addition is small."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of a step. None: not measured, for the reason in `failure`, or because it was only compiled."""
+
+    compile_seconds: float | None = None
+    device_bytes: int | None = None
+    """All that the compiled step asks for on the device: arguments, temporaries and results of its own."""
+    argument_bytes: int | None = None
+    """Parameters, optimiser state and batch."""
+    temporary_bytes: int | None = None
+    """Gradients, kept activations and the rest, at the worst moment, as the compiler plans it."""
+    host_bytes: int | None = None
+    peak_bytes: int | None = None
+    """Most bytes in use, as the device counts them; None too where an earlier row of this process needed as much."""
+    step_seconds: float | None = None
+    """Median; of a long step, the only one."""
+    tokens_per_second: float | None = None
+    model_flops_per_second: float | None = None
+    """By `Subject.model_flops`; of a forward pass alone, a third of them."""
+    matrix_flops_per_second: float | None = None
+    """Of a large matrix product of the compute type, in the same run."""
+    utilization: float | None = None
+    """Model FLOP/s as a share of those of the matrix product."""
+    attention_forward_seconds: float | None = None
+    """Of one layer's attention alone, forward, in the same run."""
+    attention_both_seconds: float | None = None
+    """The same, forward and backward."""
+    floor_seconds: float | None = None
+    """Attention and matrix products of the step at the speed that each reaches alone, and nothing else."""
+    floor_share: float | None = None
+    """Floor over step."""
+    loss: float | None = None
+    """Of the first step: the same for every row of the table that has as many tokens, but for rounding."""
+    failure: str = ""
+
+
+MEASURED_COLUMNS = (
+    Column(heading="compile s", field="compile_seconds", digits=1),
+    Column(heading="arguments GiB", field="argument_bytes", divisor=GIB, digits=3),
+    Column(heading="temporary GiB", field="temporary_bytes", divisor=GIB, digits=3),
+    Column(heading="host GiB", field="host_bytes", divisor=GIB, digits=3),
+    Column(heading="peak GiB", field="peak_bytes", divisor=GIB, digits=3),
+    Column(heading="step s", field="step_seconds", digits=3),
+    Column(heading="tokens/s", field="tokens_per_second"),
+    Column(heading="model TFLOP/s", field="model_flops_per_second", divisor=1e12, digits=3),
+    Column(heading="MFU %", field="utilization", divisor=0.01, digits=1),
+    Column(heading="of floor %", field="floor_share", divisor=0.01, digits=1),
+    Column(heading="loss", field="loss", digits=5),
+    Column(heading="failure", field="failure"),
+)
+
+Row = TypeVar("Row", bound=Measured)
+
+
+def compile_step(
+    row: Row, subject: Subject, *, forward_only: bool = False
+) -> tuple[Row, jax.stages.Compiled]:
+    """Returns the row with the memory that the compiled step asks for, and that step."""
+    inputs = subject.make_inputs()
+    began = time.perf_counter()
+    if forward_only:
+        lowered = jax.jit(subject.forward).lower(jax.eval_shape(subject.make_params), *inputs)
+    else:
+        lowered = jax.jit(subject.step, donate_argnums=0).lower(jax.eval_shape(subject.make_state), *inputs)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    asked = compiled_bytes(compiled)
+    row = dataclasses.replace(
+        row,
+        compile_seconds=seconds,
+        device_bytes=asked.device,
+        argument_bytes=asked.argument,
+        temporary_bytes=asked.temporary,
+        host_bytes=asked.host,
+    )
+    return row, compiled
+
+
+def run_step(
+    row: Row,
+    subject: Subject,
+    compiled: jax.stages.Compiled,
+    *,
+    num_steps: int,
+    num_warmup: int,
+    forward_only: bool = False,
+) -> Row:
+    """Returns the row with the time, peak and loss of the compiled step."""
+    inputs = jax.device_put(subject.make_inputs())
+    # Made by one program, so that nothing else is on the device when the first step begins.
+    state = jax.jit(subject.make_params if forward_only else subject.make_state)()
+    losses: list[float] = []
+
+    def call() -> Any:
+        nonlocal state
+        if forward_only:
+            loss = compiled(state, *inputs)
+        else:
+            state, metrics = compiled(state, *inputs)
+            loss = metrics["loss"]
+        losses.append(float(loss))
+        return state
+
+    before = peak_bytes()
+    seconds = median_seconds(call, num_steps, num_warmup=num_warmup, enough=ENOUGH_SECONDS)
+    after = peak_bytes()
+    bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    flops = subject.model_flops / (3 if forward_only else 1)
+    return dataclasses.replace(
+        row,
+        peak_bytes=None if after == before else after,
+        step_seconds=seconds,
+        tokens_per_second=subject.step_tokens / seconds,
+        model_flops_per_second=flops / seconds,
+        loss=losses[0] if math.isfinite(losses[0]) else None,
+        failure=f"the loss of step {bad[0]} is {losses[bad[0] - 1]}" if bad else "",
+    )
+
+
+def add_floor(row: Row, subject: Subject, times: KernelTimes, *, forward_only: bool = False) -> Row:
+    """Returns the row with what the same kernels alone would take; nothing of the step is on the device by now."""
+    if row.step_seconds is None or row.model_flops_per_second is None:
+        return row
+    model = subject.train.model
+    rate = times.matrix_rate(model.compute_dtype)
+    attention = times.attention(model, subject.num_rows, subject.num_tokens)
+    floor = floor_seconds(subject, attention, rate, forward_only=forward_only)
+    return dataclasses.replace(
+        row,
+        matrix_flops_per_second=rate,
+        utilization=row.model_flops_per_second / rate,
+        attention_forward_seconds=attention.forward,
+        attention_both_seconds=attention.both,
+        floor_seconds=floor,
+        floor_share=floor / row.step_seconds,
+    )

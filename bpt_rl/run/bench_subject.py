@@ -1,0 +1,163 @@
+"""What a benchmark of steps measures: an agent, or a language model on the same backbone, on synthetic data."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bpt_rl.agents.base import Agent, Params
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import ModelConfig, TrainConfig
+from bpt_rl.datasets.packing import steps_of
+from bpt_rl.envs.tasks import DOMAINS, Domain, domain_of
+from bpt_rl.run.language_step import init_language_state, language_functions, language_step
+from bpt_rl.run.synthetic import synthetic_statistics
+from bpt_rl.run.train import init_state, make_optimizer, train_step
+from bpt_rl.types import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A training step as pure functions, and its inputs."""
+
+    train: TrainConfig
+    """Its model and optimiser."""
+    num_rows: int
+    """Of a micro-batch."""
+    num_tokens: int
+    """Of a row."""
+    vocabulary_size: int = 0
+    """Of a language model; 0 for an agent."""
+    make_state: Callable[[], Any]
+    make_inputs: Callable[[], tuple[Any, ...]]
+    step: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    """Of state and inputs: the next state, and metrics with a "loss"."""
+    make_params: Callable[[], Params]
+    forward: Callable[..., jax.Array]
+    """Of parameters and inputs: the loss that the first step reports."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a gradient step."""
+        return self.num_rows * self.num_tokens * self.train.optimizer.accumulation
+
+    @property
+    def model_flops(self) -> int:
+        """Operations of a gradient step, nothing counted twice."""
+        num_rows = self.num_rows * self.train.optimizer.accumulation
+        return num_rows * step_flops(self.train.model, self.num_tokens) + 3 * self.logit_flops
+
+    @property
+    def logit_flops(self) -> int:
+        """Operations that make the logits of a gradient step's tokens once; 0 for an agent."""
+        return 2 * self.step_tokens * self.train.model.embed_dim * self.vocabulary_size
+
+
+def step_flops(model: ModelConfig, num_tokens: int) -> int:
+    """Returns the floating-point operations of one training step on one causal row, nothing counted twice.
+
+    3 x layers x (2 x P x S + 2 x 2 x S^2 x D / 2), for the forward pass and a backward pass of twice its work:
+    P entries of a layer's matrices, S tokens, D the width of all query heads; two matrix products of the attention,
+    half of each masked. Embeddings, norms, the head, the optimiser and recomputation are left out, so that the rate
+    of a step that recomputes nothing but does the same is the same number.
+    """
+    width = model.embed_dim
+    key_width = width // model.num_heads * (model.num_kv_heads or model.num_heads)
+    hidden = model.feedforward_dim or 4 * width
+    entries = 2 * width * width + 2 * width * key_width + 2 * width * hidden
+    return 3 * model.num_layers * (2 * entries * num_tokens + 2 * num_tokens**2 * width)
+
+
+def agent_subject(train: TrainConfig, num_tokens: int, num_rows: int) -> Subject:
+    """Returns the training step of an agent on random chains, one a row.
+
+    Raises:
+      ValueError: If the task is unknown or `num_tokens` is no multiple of the layout's tokens a step.
+    """
+    domain = DOMAINS[domain_of(train.data.task)]
+    agent = make_agent(train, synthetic_statistics(train.data.task, domain))
+    optimizer = make_optimizer(train.optimizer)
+    return Subject(
+        train=train,
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        make_state=functools.partial(init_state, agent, optimizer, train.seed),
+        make_inputs=lambda: (
+            synthetic_batch(train, domain, num_tokens, num_rows),
+            jax.random.key(train.seed),
+        ),
+        step=functools.partial(train_step, agent, optimizer),
+        make_params=lambda: agent.init(jax.random.key(train.seed)),
+        forward=functools.partial(_agent_loss, agent),
+    )
+
+
+def _agent_loss(agent: Agent, params: Params, batch: PackedBatch, key: jax.Array) -> jax.Array:
+    """Returns the loss that `train_step` reports of step 0, dropout included."""
+    step_key = jax.random.fold_in(key, 0)
+
+    def micro(total: jax.Array, inputs: tuple[PackedBatch, jax.Array]) -> tuple[jax.Array, None]:
+        micro_batch, index = inputs
+        weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
+        loss, _ = agent.loss(params, micro_batch, jax.random.fold_in(step_key, index))
+        return total + weight * loss, None
+
+    return jax.lax.scan(micro, jnp.zeros(()), (batch, jnp.arange(len(batch.loss_mask))))[0]
+
+
+def synthetic_batch(config: TrainConfig, domain: Domain, num_tokens: int, num_rows: int) -> PackedBatch:
+    """Returns random micro-batches of one full chain a row, stacked on a leading axis as `train_step` wants them."""
+    num_steps = steps_of(num_tokens, config.model.layout)
+    shape = (config.optimizer.accumulation, num_rows, num_steps)
+    generator = np.random.default_rng(config.seed)
+
+    def uniform(*trailing: int, low: float = 0.0) -> np.ndarray:
+        return generator.uniform(low, 1, shape + trailing).astype(np.float32)
+
+    index = np.broadcast_to(np.arange(num_steps, dtype=np.int32), shape)
+    step = index % domain.episode_steps
+    return PackedBatch(
+        observation=generator.normal(size=(*shape, domain.observation_dim)).astype(np.float32),
+        action=uniform(domain.action_dim, low=-1.0),
+        reward=uniform(),
+        return_to_go=uniform(),
+        completion=(step == domain.episode_steps - 1).astype(np.float32),
+        step=step,
+        episode=index // domain.episode_steps,
+        segment_ids=None,
+        loss_mask=np.ones(shape, np.float32),
+    )
+
+
+def language_subject(train: TrainConfig, vocabulary_size: int, num_tokens: int) -> Subject:
+    """Returns the training step of a language model with the model and optimiser of `train`, on one random text.
+
+    Raises:
+      ValueError: If the optimiser is to accumulate micro-batches: there is one text.
+    """
+    if train.optimizer.accumulation > 1:
+        raise ValueError(
+            "A language model is measured on one text a step; got optimizer.accumulation "
+            f"{train.optimizer.accumulation}. Use 1."
+        )
+    model, optimizer = language_functions(train.model, vocabulary_size), make_optimizer(train.optimizer)
+
+    def make_inputs() -> tuple[np.ndarray]:
+        generator = np.random.default_rng(train.seed)
+        return (generator.integers(vocabulary_size, size=(1, num_tokens + 1), dtype=np.int32),)
+
+    return Subject(
+        train=train,
+        num_rows=1,
+        num_tokens=num_tokens,
+        vocabulary_size=vocabulary_size,
+        make_state=functools.partial(init_language_state, model, optimizer, train.seed),
+        make_inputs=make_inputs,
+        step=functools.partial(language_step, model, optimizer),
+        make_params=lambda: model.init(jax.random.key(train.seed)),
+        forward=model.loss,
+    )
