@@ -106,6 +106,27 @@ def reaches(
     return np.asarray(collected >= reach_threshold(target, scale))
 
 
+def completions(
+    return_to_go: Float[np.ndarray, "B"],
+    reward: Float[np.ndarray, "B"],
+    done: Bool[np.ndarray, "B"],
+    *,
+    scale: float,
+    completion: str,
+) -> Bool[np.ndarray, "B"]:
+    """Returns the flags of a step being played, by the rule of `build_chain`.
+
+    Args:
+      return_to_go: Asked before the step, unscaled.
+      reward: Of the step.
+      done: Where it ended its episode.
+      scale: Size of the returns of the training data.
+      completion: `per_episode` or `per_step`.
+    """
+    reached = reaches(-return_to_go + reward, 0.0, scale)
+    return reached & done if completion == "per_episode" else reached
+
+
 def build_chain(
     trajectories: Sequence[Trajectory],
     task: str,

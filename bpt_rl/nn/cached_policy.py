@@ -64,7 +64,7 @@ def _grow(cache: KeyValueCache, num_more: int) -> KeyValueCache:
     """Returns a cache with room for more tokens; the one given is gone, array by array: never two at once."""
 
     def moved(array: jax.Array) -> jax.Array:
-        longer = jax.block_until_ready(_longer(array, num_more))
+        longer: jax.Array = jax.block_until_ready(_longer(array, num_more))
         array.delete()
         return longer
 
@@ -75,7 +75,8 @@ class CachedPolicy:
     """Policy of a trajectory model; its actions are those of the full forward pass over the chain so far.
 
     Each step reads the whole cache, so the cache is not made as long as the chain: it starts small and doubles
-    when the longest context fills it. Over a long chain that halves the reading, for one more compilation a size.
+    when the longest context fills it, up to the chain's length. A long chain so reads a third less, for one
+    compilation a size; caches that always fit would save half, and compile at every step.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class CachedPolicy:
         self._completion = completion
         self._model = nnx.merge(graph, params)
         self._tokens_per_step = LAYOUTS[self._model.config.layout]
-        self._num_steps = (1 if clear_context else num_episodes) * self._model.episode_steps
+        self._num_steps: int = (1 if clear_context else num_episodes) * self._model.episode_steps
         self._first_steps = -(-first_capacity // self._tokens_per_step)
 
     def _capacity(self, num_steps: int) -> int:

@@ -11,8 +11,10 @@ from bpt_rl.agents.decision_transformer import DecisionTransformer
 from bpt_rl.config import DataConfig, ModelConfig, TrainConfig
 from bpt_rl.datasets.chains import build_chain
 from bpt_rl.datasets.packing import STEP_FIELDS, pack
+from bpt_rl.nn import cached_policy
+from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.normalization import Normalizer
-from bpt_rl.nn.trajectory_model import TrajectoryModel
+from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
 from bpt_rl.types import LAYOUTS, DataStatistics, Trajectory
 
 EPISODE_STEPS = 5
@@ -138,6 +140,18 @@ def agent_of(kind, layout, completion, **changes):
     return kind(config, STATISTICS), config.model
 
 
+def growing_policy(make, config, completion, *, first_steps, clear_context=False):
+    """A policy whose cache is made for some steps and doubles, up to the whole context."""
+    return CachedPolicy(
+        *make(config),
+        NORMALIZER,
+        num_episodes=3,
+        clear_context=clear_context,
+        completion=completion,
+        first_capacity=first_steps * LAYOUTS[config.layout],
+    )
+
+
 @pytest.mark.parametrize(
     ("layout", "completion"),
     [
@@ -149,8 +163,10 @@ def agent_of(kind, layout, completion, **changes):
     ],
 )
 def test_actions_are_those_of_the_full_pass_over_the_chain_played(make, layout, completion):
-    agent, config = agent_of(AgenticTransformer, layout, completion)
-    actions = play(agent.policy(make(config)[1], num_episodes=3))
+    config = dataclasses.replace(MODEL, layout=layout)
+    # The fused layout's cache grows thrice, from 2 steps to 4, 8 and 15, the others' once.
+    first_steps = 2 if layout == "fused" else 8
+    actions = play(growing_policy(make, config, completion, first_steps=first_steps))
     expected = expected_actions(make, config, played_chains(actions, completion), NUM_STEPS)
     # float32 through two layers, with other orders of sums.
     np.testing.assert_allclose(actions, expected, atol=1e-4)
@@ -160,13 +176,54 @@ def test_actions_are_those_of_the_full_pass_over_the_chain_played(make, layout, 
         assert np.abs(actions - expected_actions(make, config, moved, NUM_STEPS)).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", [AgenticTransformer, DecisionTransformer])
+@pytest.mark.parametrize("kind", ["at", "at, growing", "dt"])
 def test_a_cleared_context_is_a_fresh_start_of_each_environments_episode(make, kind):
-    agent, config = agent_of(kind, "return_state_action_reward", "per_step")
-    actions = play(agent.policy(make(config)[1], clear_context=kind is AgenticTransformer))
+    agent_kind = DecisionTransformer if kind == "dt" else AgenticTransformer
+    agent, config = agent_of(agent_kind, "return_state_action_reward", "per_step")
+    if kind == "at, growing":
+        policy = growing_policy(make, config, "per_step", first_steps=4, clear_context=True)
+    else:
+        policy = agent.policy(make(config)[1], clear_context=kind == "at")
+    actions = play(policy)
     chains = episodes_alone(played_chains(actions, "per_step"))
     expected = expected_actions(make, config, chains, EPISODE_STEPS)
     np.testing.assert_allclose(actions, expected, atol=1e-4)
+
+
+def test_a_cache_doubles_when_its_longest_context_is_full_up_to_the_whole_context(make):
+    config = dataclasses.replace(MODEL, layout="fused")
+
+    def capacities(policy):
+        """Returns the steps that the cache holds after each action."""
+        carry, sizes = policy.start(2), []
+        for observation, reward, done in zip(OBSERVATION, REWARD, DONE, strict=True):
+            before = carry
+            carry, _ = policy.act(carry, observation, np.full(2, TARGET))
+            # Whether it grew or was written in place, the cache that was given is gone.
+            assert all(array.is_deleted() for array in (*before.cache.keys, *before.cache.values))
+            assert len({array.shape for array in (*carry.cache.keys, *carry.cache.values)}) == 1
+            sizes.append(carry.cache.keys[0].shape[2])
+            carry = policy.observe(carry, reward, done)
+        return sizes
+
+    kept = capacities(growing_policy(make, config, "per_step", first_steps=2))
+    assert kept == [2] * 2 + [4] * 2 + [8] * 4 + [15] * 4
+    # The first row's first episode is the longest there is; nothing follows the fifth step.
+    cleared = capacities(growing_policy(make, config, "per_step", first_steps=2, clear_context=True))
+    assert cleared == [2] * 2 + [4] * 2 + [5] * 8
+
+
+def test_a_step_is_written_into_the_cache_that_was_given(make):
+    # A key head for each query head: grouped, a CPU turns the keys of a layer round before it multiplies them.
+    graph, params = make(dataclasses.replace(MODEL, layout="fused", num_kv_heads=2))
+    cache = nnx.merge(graph, params).init_cache(2, 4096)
+    row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
+    inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
+    compiled = cached_policy._decode.lower(graph, params, cache, index > 0, inputs, None).compile()
+    memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
+    assert memory.alias_size_in_bytes >= sum(array.nbytes for array in arrays)
+    # What is given over may still be copied; one layer's keys alone would be as large as this.
+    assert memory.temp_size_in_bytes < arrays[0].nbytes
 
 
 def test_memory_of_earlier_episodes_matters_to_the_actions(make):
