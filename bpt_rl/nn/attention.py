@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bpt_rl.config import Implementation
@@ -34,7 +35,7 @@ def dot_product_attention(
       implementation:
         reference: holds the [S, S] matrix of every head, in float32; memory quadratic in S. The yardstick.
         blockwise: plain JAX on any device; memory linear in S in both passes.
-        cudnn: cuDNN's fused kernel; linear memory, NVIDIA GPUs, bfloat16 or float16, no `segment_ids`.
+        cudnn: cuDNN's fused kernel; linear memory; needs what `cudnn_obstacle` asks for.
         auto: cudnn where it can run, else blockwise, which was never slower than reference on a CPU, from 32
           tokens on. The choice is logged once at INFO.
       is_causal: Position s attends to positions up to s only.
@@ -51,9 +52,16 @@ def dot_product_attention(
             "query_chunk_size and key_chunk_size must be positive; "
             f"got {query_chunk_size} and {key_chunk_size}. 512 is usual."
         )
+    obstacle = cudnn_obstacle(
+        device_kind=jax.devices()[0].device_kind,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        has_segments=segment_ids is not None,
+    )
+    chosen = chosen_implementation(implementation, obstacle)
     if implementation == "auto":
-        implementation = _choose(query, segment_ids)
-    match implementation:
+        _log_choice(chosen, f"cudnn must have {obstacle}" if obstacle else "nothing is in cudnn's way")
+    match chosen:
         case "reference":
             return _reference_attention(query, key, value, is_causal=is_causal, segment_ids=segment_ids)
         case "blockwise":
@@ -67,8 +75,6 @@ def dot_product_attention(
                 key_chunk_size=key_chunk_size,
             )
         case "cudnn":
-            if obstacle := _cudnn_obstacle(query, segment_ids):
-                raise ValueError(f"cudnn attention must have {obstacle}. Use implementation='blockwise'.")
             return jax.nn.dot_product_attention(
                 query, key, value, is_causal=is_causal, implementation="cudnn"
             )
@@ -76,6 +82,43 @@ def dot_product_attention(
         "implementation must be one of auto, reference, blockwise, cudnn; "
         f"got {implementation!r}. Use 'auto' if in doubt."
     )
+
+
+def cudnn_obstacle(*, device_kind: str, dtype: DTypeLike, head_dim: int, has_segments: bool) -> str:
+    """Returns which need of cuDNN's kernel is not met, and what was received; empty if it can run.
+
+    Args:
+      device_kind: Name of the device (`jax.Device.device_kind`).
+      dtype: Of query, key and value.
+      head_dim: Entries of a head.
+      has_segments: Whether rows hold more than one sequence.
+    """
+    if "NVIDIA" not in device_kind:
+        return f"an NVIDIA GPU; got {device_kind!r}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16 operands; got {jnp.dtype(dtype)}"
+    if has_segments:
+        return "no segment_ids; got some"
+    if head_dim % 8 or head_dim > 128:
+        return f"a head_dim that is a multiple of 8 and at most 128; got {head_dim}"
+    return ""
+
+
+def chosen_implementation(asked: Implementation, obstacle: str) -> Implementation:
+    """Returns the implementation that runs where one is asked for: what `auto` stands for, or the very one.
+
+    Args:
+      asked: As in the configuration.
+      obstacle: From `cudnn_obstacle`.
+
+    Raises:
+      ValueError: If `cudnn` is asked for and cannot run.
+    """
+    if asked == "auto":
+        return "blockwise" if obstacle else "cudnn"
+    if asked == "cudnn" and obstacle:
+        raise ValueError(f"cudnn attention must have {obstacle}. Use implementation='blockwise'.")
+    return asked
 
 
 def _check_operands(query: Array, key: Array, value: Array, segment_ids: Array | None) -> None:
@@ -105,28 +148,6 @@ def _check_operands(query: Array, key: Array, value: Array, segment_ids: Array |
         raise ValueError(
             f"segment_ids must be [B, S] = {(B, S)}; got {segment_ids.shape}. Padding takes id 0."
         )
-
-
-def _cudnn_obstacle(query: Array, segment_ids: Array | None) -> str:
-    """Returns which need of the cuDNN kernel is not met, and what was received; empty if it can run."""
-    if jax.default_backend() != "gpu":
-        return f"a GPU; got the backend {jax.default_backend()!r}"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"bfloat16 or float16 operands; got {query.dtype}"
-    if segment_ids is not None:
-        return "no segment_ids; got some"
-    if query.shape[3] % 8 or query.shape[3] > 128:
-        return f"a head_dim that is a multiple of 8 and at most 128; got {query.shape[3]}"
-    return ""
-
-
-def _choose(query: Array, segment_ids: Array | None) -> Implementation:
-    """Returns what `auto` stands for, and logs the reason the first time it decides so."""
-    if obstacle := _cudnn_obstacle(query, segment_ids):
-        _log_choice("blockwise", f"cudnn must have {obstacle}")
-        return "blockwise"
-    _log_choice("cudnn", "GPU, 16-bit operands, no segments")
-    return "cudnn"
 
 
 @functools.cache

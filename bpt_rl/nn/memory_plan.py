@@ -37,6 +37,8 @@ class Workload:
     """Tokens a row."""
     accumulation: int = 1
     """Micro-batches."""
+    optimizer_in_host: bool = False
+    """Whether AdamW's moments lie in the host's memory but for the update."""
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -89,7 +91,7 @@ class MemoryPlan:
     parameters: int
     """float32."""
     optimizer: int
-    """AdamW: two float32 moments a parameter."""
+    """AdamW: two float32 moments a parameter; 0 if they lie in the host's memory."""
     gradients: int
     """float32; twice with accumulation, the sum and the micro-batch's."""
     kept: int
@@ -98,6 +100,8 @@ class MemoryPlan:
     """float32 token embeddings, which the norm behind them reads at the very end of the backward pass."""
     layer: int
     """The largest temporary: what the backward pass of one layer holds at once."""
+    update: int
+    """All that the optimizer's update holds: parameters, gradients and both moments, when activations are gone."""
     host: int
     """Pinned memory of the host."""
 
@@ -108,8 +112,8 @@ class MemoryPlan:
 
     @property
     def device(self) -> int:
-        """Device bytes in all."""
-        return self.parameters + self.optimizer + self.temporary
+        """Device bytes in all, at the worst moment."""
+        return max(self.parameters + self.optimizer + self.temporary, self.update)
 
     def fits(self, memory: int, host_memory: int | None) -> bool:
         """Whether device and host have the bytes; a host of None has."""
@@ -133,15 +137,18 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     dropped = work.model.embed_dim if work.model.dropout else 0  # a mask of bytes
     weights = work.item_bytes * (work.projection_parameters + work.residual_parameters)
     transient = max(_attention_bytes(work) * tokens, _residual_bytes(work))
+    parameters = _FLOAT32 * work.num_parameters
+    moments_in_host = 2 * parameters * work.optimizer_in_host
     return MemoryPlan(
-        parameters=_FLOAT32 * work.num_parameters,
-        optimizer=2 * _FLOAT32 * work.num_parameters,
-        gradients=_FLOAT32 * work.num_parameters * min(work.accumulation, 2),
+        parameters=parameters,
+        optimizer=2 * parameters - moments_in_host,
+        gradients=parameters * min(work.accumulation, 2),
         kept=0 if activations in IN_HOST else kept,
         embeddings=tokens * (_FLOAT32 * work.model.embed_dim + dropped),
         # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
         layer=transient + 2 * weights,
-        host=kept if activations in IN_HOST else 0,
+        update=4 * parameters,
+        host=moments_in_host + (kept if activations in IN_HOST else 0),
     )
 
 

@@ -251,6 +251,32 @@ def test_auto_takes_blockwise_where_cudnn_cannot_run_and_says_why_once(caplog):
     assert "auto chose blockwise (cudnn must have" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({}, ""),
+        ({"dtype": jnp.float16, "head_dim": 128}, ""),
+        ({"device_kind": "cpu"}, "an NVIDIA GPU; got 'cpu'"),
+        ({"device_kind": "AMD Instinct MI300X"}, "an NVIDIA GPU; got 'AMD Instinct MI300X'"),
+        ({"dtype": "float32"}, "bfloat16 or float16 operands; got float32"),
+        ({"has_segments": True}, "no segment_ids; got some"),
+        ({"head_dim": 68}, "a head_dim that is a multiple of 8 and at most 128; got 68"),
+        ({"head_dim": 136}, "a head_dim that is a multiple of 8 and at most 128; got 136"),
+    ],
+)
+def test_auto_takes_cudnn_where_its_needs_are_met(changes, obstacle):
+    facts = {
+        "device_kind": "NVIDIA H100 80GB HBM3",
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "has_segments": False,
+    }
+    assert attention.cudnn_obstacle(**facts | changes) == obstacle
+    expected = "blockwise" if obstacle else "cudnn"
+    assert attention.chosen_implementation("auto", obstacle) == expected
+    assert attention.chosen_implementation("reference", obstacle) == "reference"
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_cudnn_matches_reference_in_values_and_gradients(is_causal):
@@ -282,7 +308,7 @@ def no_shape_check():
         (
             ((1, 8, 2, 4),) * 3,
             {"implementation": "cudnn"},
-            "must have (a GPU|bfloat16 or float16 operands); got",
+            "must have (an NVIDIA GPU|bfloat16 or float16 operands); got",
         ),
         (
             ((1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 2, 4)),

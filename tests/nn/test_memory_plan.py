@@ -246,3 +246,17 @@ def test_dropout_keeps_a_mask_of_the_embeddings():
     masked = workload(dataclasses.replace(LARGE, dropout=0.1), 4096, "cudnn")
     plans = [plan_memory(work, "recompute") for work in (workload(LARGE, 4096, "cudnn"), masked)]
     assert plans[1].embeddings - plans[0].embeddings == 4096 * 1024
+
+
+def test_moments_in_the_host_leave_the_device_until_the_update():
+    def both(tokens):
+        here = workload(LARGE, tokens, "cudnn", num_parameters=303_109_126)
+        there = dataclasses.replace(here, optimizer_in_host=True)
+        return plan_memory(here, "offload"), plan_memory(there, "offload")
+
+    here, there = both(131_072)
+    moments = 8 * 303_109_126
+    assert (here.device - there.device, there.host - here.host, there.optimizer) == (moments, moments, 0)
+    # The update of so few tokens holds more than their backward pass.
+    here, there = both(64)
+    assert here.device > there.device == 16 * 303_109_126
