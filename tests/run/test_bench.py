@@ -133,9 +133,9 @@ def test_bench_step_measures_the_training_step(tmp_path):
     rate = measured["utilization"] * measured["matrix_flops_per_second"]
     assert rate == pytest.approx(measured["model_flops_per_second"])
 
-    assert "must have a GPU" in refused["failure"]
+    assert "must have an NVIDIA GPU" in refused["failure"]
     assert (refused["implementation"], refused["step_seconds"], refused["loss"]) == ("cudnn", None, None)
-    assert out.count("must have a GPU") == 1
+    assert out.count("must have an NVIDIA GPU") == 1
 
 
 def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
@@ -209,7 +209,7 @@ def test_bench_attention_sets_implementations_side_by_side(tmp_path):
     for row in (reference, blockwise):
         assert row["forward_flops_per_second"] * row["forward_seconds"] == pytest.approx(operations)
         assert row["both_flops_per_second"] * row["both_seconds"] == pytest.approx(3 * operations)
-    assert "must have a GPU" in cudnn["failure"]
+    assert "must have an NVIDIA GPU" in cudnn["failure"]
     assert "reference" in out
 
 
