@@ -58,7 +58,7 @@ class ModelConfig:
     the host's memory, its input alone (the rest is computed again), or its input in the host's memory."""
     head_groups: int = 1
     """Groups of heads that are projected and attend one after another, a divisor of the key and value heads: more
-    groups, smaller temporaries."""
+    groups, smaller temporaries; not with offload_attention."""
     layer_groups: int = 1
     """Groups of layers, a divisor of num_layers, of which only the first layer's input is kept until the backward
     pass reaches them: less is kept, for one more forward pass; 1 for none."""
@@ -83,6 +83,11 @@ class ModelConfig:
             raise ValueError(
                 f"head_groups must divide the key and value heads; got {self.head_groups} and "
                 f"{self.num_kv_heads or self.num_heads}. Use a divisor."
+            )
+        if self.head_groups > 1 and self.activations == "offload_attention":
+            raise ValueError(
+                "activations = offload_attention moves the attention's result of all heads at once; got head_groups "
+                f"{self.head_groups}. Use activations = offload, or head_groups = 1."
             )
         if self.layer_groups < 1 or self.num_layers % self.layer_groups:
             raise ValueError(
@@ -144,6 +149,8 @@ class OptimizerConfig:
     """Largest global norm of the gradient."""
     accumulation: int = 1
     """Micro-batches whose gradients are averaged for one step."""
+    place: Literal["device", "host"] = "device"
+    """Where AdamW's two moments lie between updates: on the device, or in the host's pinned memory."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
@@ -193,10 +200,13 @@ class PlanConfig(TrainConfig):
     """Tokens of a row, one row a batch; 0 for the rows that data.* make of the task's full episodes."""
     device: Literal["h100", "this"] = "this"
     """An H100 of 80 GB, of whose memory JAX is given 95%, or the first device of this machine."""
+    host_gib: float = 0
+    """Memory of the host that the step may take, GiB; 0 for what is free on this machine, or for as much as a step
+    takes beside an H100."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _not_negative(self, "tokens")
+        _not_negative(self, "tokens", "host_gib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

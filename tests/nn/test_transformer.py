@@ -128,8 +128,9 @@ def test_stack_is_a_pre_norm_transformer_written_out(make, inputs, expected):
         {"activations": "save_attention", "implementation": "blockwise", "feedforward_chunk_size": 6},
         {"activations": "offload", "feedforward_chunk_size": 6},
         {"head_groups": 2, "feedforward_chunk_size": 6},
-        {"head_groups": 2, "activations": "offload_attention", "implementation": "blockwise"},
-        {"layer_groups": 2, "num_layers": 2, "head_groups": 2, "activations": "offload"},
+        {"head_groups": 2, "activations": "recompute", "implementation": "blockwise"},
+        {"layer_groups": 2, "activations": "offload_attention", "implementation": "blockwise"},
+        {"layer_groups": 2, "head_groups": 2, "activations": "offload"},
     ],
 )
 def test_chunks_implementation_and_remat_change_neither_values_nor_gradients(make, inputs, expected, changes):
