@@ -13,6 +13,9 @@ CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 
 # BPT_RL_TEST_PLATFORM=cuda runs the tests on a GPU; left out, they use the CPU wherever they run.
 os.environ["JAX_PLATFORMS"] = os.environ.get("BPT_RL_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cuda":
+    # Otherwise a GPU rounds the operands of float32 products to 10 bits, and only tests of bfloat16 mean such rounding.
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Eight virtual CPU devices, so that sharding is tested without accelerators.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (

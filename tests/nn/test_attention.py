@@ -278,17 +278,24 @@ def test_auto_takes_cudnn_where_its_needs_are_met(changes, obstacle):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_cudnn_matches_reference_in_values_and_gradients(is_causal):
-    shape = (2, 256, 4, 2, 64)
+@pytest.mark.parametrize(
+    ("shape", "is_causal"),
+    [
+        ((2, 256, 4, 4, 64), True),
+        ((2, 256, 4, 2, 64), False),
+        ((1, 250, 6, 2, 128), True),
+        ((1, 384, 8, 1, 32), True),
+    ],
+)
+def test_cudnn_matches_a_float64_reference_in_values_and_gradients(shape, is_causal):
     tensors, cotangent = operands(16, shape, jnp.bfloat16), operands(17, shape, jnp.bfloat16)[0]
-    run = functools.partial(values_and_gradients, tensors, cotangent, is_causal=is_causal)
-    got, expected = run(implementation="cudnn"), run(implementation="reference")
+    got = values_and_gradients(tensors, cotangent, implementation="cudnn", is_causal=is_causal)
+    with jax.enable_x64(True):
+        *wide, wide_cotangent = (jnp.asarray(np.asarray(x, np.float64)) for x in (*tensors, cotangent))
+        expected = values_and_gradients(wide, wide_cotangent, implementation="reference", is_causal=is_causal)
+    assert all(array.dtype == np.float64 for array in expected)
     # As for bfloat16 above.
-    assert (
-        relative_error(*([array.astype(np.float32) for array in arrays] for arrays in (got, expected)))
-        < 0.015
-    )
+    assert relative_error([array.astype(np.float64) for array in got], expected) < 0.015
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size):
     step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
     gradients, outputs = step(parameters, x, chunk_size)
     # Sums over 69 tokens come in another order: float32 rounding, relative to the largest entry.
-    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
     for gradient, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
 

@@ -117,8 +117,9 @@ def test_dropout_is_drawn_only_with_a_key(make, text):
     graph, params = make(dropout=0.5)
     losses = jax.jit(lambda key: nnx.merge(graph, params).losses(*text, key), compiler_options=QUICK)
     silent = losses(None)
-    # Another program of the same sums: a rounding or two of float32.
-    assert_close(silent, losses_and_gradient(*make(), *text)[0], 1e-6)
+    # Another program of the same sums: a rounding or two of float32, or on a GPU sums in another order.
+    rounding = 1e-6 if jax.default_backend() == "cpu" else 1e-5
+    assert_close(silent, losses_and_gradient(*make(), *text)[0], rounding)
     first, second = losses(jax.random.key(0)), losses(jax.random.key(1))
     assert np.all(first != silent)
     assert np.all(first != second)

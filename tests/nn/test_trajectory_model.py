@@ -171,7 +171,7 @@ def test_what_stands_in_another_chain_changes_nothing(make, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_does_not_train_whatever_stands_there(make, layout):
+def test_padding_does_not_train_whatever_stands_there(make, layout, assert_unmoved):
     model = make(layout)
     expected = run(model, PACKED)
     filled = jax.tree.map(np.copy, PACKED)
@@ -180,9 +180,7 @@ def test_padding_does_not_train_whatever_stands_there(make, layout):
         getattr(filled, name)[padding] = 7
     filled.step[padding] = 4
     got = run(model, filled)
-    np.testing.assert_array_equal(got.loss, expected.loss)
-    for g, e in zip(*map(jax.tree.leaves, (got.parameter_gradient, expected[2])), strict=True):
-        np.testing.assert_array_equal(g, e)
+    assert_unmoved((got.loss, got.parameter_gradient), (expected.loss, expected.parameter_gradient))
 
 
 def test_loss_is_that_of_the_steps_that_count_alone(make):
@@ -214,12 +212,14 @@ def test_chunks_and_remat_change_neither_loss_nor_gradients(make):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_one_chain_need_no_segment_ids(make, layout):
     expected, got = run(make(layout), ONE_A_ROW), run(make(layout), ONE_A_ROW._replace(segment_ids=None))
-    # Padding, which does not count, may now see the chain before it: only what XLA fuses differs.
-    np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-6)
+    # Padding, which does not count, may now see the chain before it: only what XLA fuses differs, which on a GPU is
+    # also how it sums.
+    rounding = 1e-6 if jax.default_backend() == "cpu" else 1e-5
+    np.testing.assert_allclose(got.loss, expected.loss, rtol=rounding)
     for g, e in zip(
         *map(jax.tree.leaves, (got.parameter_gradient, expected.parameter_gradient)), strict=True
     ):
-        np.testing.assert_allclose(g, e, rtol=0, atol=1e-6 * max(np.abs(e).max(), 1e-6))
+        np.testing.assert_allclose(g, e, rtol=0, atol=rounding * max(np.abs(e).max(), 1e-6))
 
 
 def test_tokens_of_a_step_stand_together_in_the_order_of_the_layout(make):
