@@ -82,7 +82,8 @@ def _plan(call: Call) -> None:
     names, options = split(call, "a configuration: a TOML file or a preset")
     default = config_toml.load(config_lib.PlanConfig, names[0]) if names else None
     config = parse(config_lib.PlanConfig, call, [*names[1:], *options], default)
-    from bpt_rl.run.plan import describe, make_plan
+    from bpt_rl.run.plan import make_plan
+    from bpt_rl.run.plan_text import describe
 
     print(describe(make_plan(config)))
 

@@ -236,19 +236,25 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
 
 
 def longest_context(
-    work: Workload, activations: Activations, memory: int, *, host_memory: int | None = None
+    work: Workload,
+    activations: Activations,
+    memory: int,
+    *,
+    host_memory: int | None = None,
+    num_rows: int = 1,
 ) -> int:
-    """Returns the most tokens that one row can have; 0 if not one fits.
+    """Returns the most tokens that each row can have; 0 if not one fits.
 
     Args:
       work: Its rows do not count.
       activations: What a layer keeps.
       memory: Bytes of the device.
       host_memory: Bytes of the host; None for as many as it takes.
+      num_rows: Of a micro-batch.
     """
 
     def fits(tokens: int) -> bool:
-        row = dataclasses.replace(work, num_rows=1, context_length=tokens)
+        row = dataclasses.replace(work, num_rows=num_rows, context_length=tokens)
         return plan_memory(row, activations).fits(memory, host_memory)
 
     low, high = 0, 1

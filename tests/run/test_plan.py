@@ -1,6 +1,7 @@
 """What `bpt-rl plan` answers, against the agents that training would make and the rules it would follow."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -15,7 +16,10 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.nn.memory_plan import LEVELS
 from bpt_rl.run import plan as plan_lib
-from bpt_rl.run.plan import GIB, H100, describe, make_plan
+from bpt_rl.run.activations import choose_activations
+from bpt_rl.run.devices import H100, Device
+from bpt_rl.run.plan import GIB, make_plan, plan_step, rows_of_task
+from bpt_rl.run.plan_text import describe
 from bpt_rl.run.train import init_state, make_optimizer
 
 
@@ -119,17 +123,127 @@ def test_a_processor_moves_nothing_to_the_host_and_gives_no_time():
     plan = make_plan(large(device="this", tokens=1024))
     assert [level.activations for level in plan.levels] == ["keep", "save_attention", "recompute"]
     assert all(level.memory.host == 0 and level.seconds is None for level in plan.levels)
-    assert "Step time is left out: no rates were measured on this machine's CPU." in describe(plan)
+    assert "Step time is left out: no rates were measured on cpu." in describe(plan)
+    assert "Host: the device itself." in describe(plan)
 
 
-def test_a_step_that_fits_nowhere_names_three_ways_out():
-    plan = make_plan(large(tokens=4_194_304))
+def test_a_step_that_fits_nowhere_names_ways_out_that_the_plan_lets_fit():
+    config = large(tokens=4_194_304)
+    plan = make_plan(config)
     assert plan.choice is None
     longest = plan.levels[-1].longest_context
     need = plan.levels[-1].memory.device / GIB
     said = describe(plan).splitlines()[-1]
-    assert f"even offload takes {need:.1f} GiB. Three ways out: " in said
-    assert f"up to {longest:,} tokens" in said
+    assert f"even offload takes {need:.1f} GiB. Ways out: " in said
+    assert f"Rows of at most {longest:,} tokens: data.num_trajectories = {longest // 4000} of 1000" in said
+    assert "A smaller model (model.embed_dim, model.num_layers)." in said
+
+
+def test_rows_at_a_time_and_accumulation_of_a_way_out_fit_and_make_the_same_batch():
+    config = large(data=DataConfig(num_trajectories=64, batch_size=24))
+    plan = make_plan(config)
+    said = describe(plan).splitlines()[-1]
+    rows, batch_size, accumulation = (
+        int(found)
+        for found in re.search(
+            r"At most (\d+) of 24 rows at a time: data.batch_size = (\d+) with optimizer.accumulation = (\d+)\.",
+            said,
+        ).groups()
+    )
+    assert (rows, accumulation) == (batch_size, -(-24 // batch_size))
+
+    def fits(num_rows):
+        data = dataclasses.replace(config.data, batch_size=num_rows)
+        fewer = dataclasses.replace(config.optimizer, accumulation=2)
+        return make_plan(dataclasses.replace(config, data=data, optimizer=fewer)).choice is not None
+
+    assert fits(rows)
+    assert not fits(rows + 1)
+
+
+def test_a_level_that_the_host_cannot_hold_is_not_chosen():
+    plenty, little = (make_plan(large(tokens=786_432, host_gib=gib)) for gib in (100, 50))
+    assert (plenty.choice.activations, little.choice.activations) == ("offload_attention", "recompute")
+    assert "Host: 50.0 GiB." in describe(little)
+    assert "Host: assumed to have what a step takes; --host-gib sets" in describe(
+        make_plan(large(tokens=4096))
+    )
+    levels = {level.activations: level for level in little.levels}
+    assert levels["offload_attention"].longest_context < 786_432 < levels["recompute"].longest_context
+    # 50 GiB, two 16-bit tensors of the width and a float32 a head in each of 24 layers.
+    assert levels["offload_attention"].longest_context == 50 * GIB // (24 * (4 * 1024 + 4 * 8))
+
+
+def test_moments_in_the_host_leave_room_for_a_longer_context():
+    here = make_plan(large(tokens=131_072))
+    there = make_plan(large(tokens=131_072, optimizer=OptimizerConfig(place="host")))
+    assert all(level.memory.optimizer == 0 for level in there.levels)
+    pairs = zip(here.levels, there.levels, strict=True)
+    assert all(other.longest_context > level.longest_context for level, other in pairs)
+    assert "or the update, GiB" in describe(there)
+    # A processor has no other memory to move them to.
+    assert (
+        make_plan(large(tokens=1024, device="this", optimizer=OptimizerConfig(place="host")))
+        .levels[0]
+        .memory.optimizer
+    )
+
+
+def auto(tokens, **changes):
+    config = large(tokens=tokens)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, activations="auto"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (4096, r"keep, \d+\.\d GiB of 75\.7 GiB planned"),
+        (131_072, r"save_attention, \d+\.\d GiB of 75\.7 GiB planned; keep would need \d+\.\d GiB"),
+        (
+            786_432,
+            r"offload_attention, \d+\.\d GiB of 75\.7 GiB and \d+\.\d GiB of the host planned; "
+            r"save_attention would need \d+\.\d GiB",
+        ),
+        (16_777_216, r"offload, .* planned: by the plan it may not fit"),
+    ],
+)
+def test_auto_stands_for_the_choice_of_the_plan_and_says_why(tokens, said):
+    config = auto(tokens)
+    choice = choose_activations(config, rows_of_task(config), device=H100)
+    assert re.fullmatch(said, str(choice))
+    assert choice.applied(config).model == dataclasses.replace(config.model, activations=choice.activations)
+    named = choose_activations(choice.applied(config), rows_of_task(config), device=H100)
+    assert str(named) == f"{choice.activations}, asked for"
+
+
+def test_auto_is_what_the_run_began_with_or_recomputes_where_nothing_is_planned():
+    config = auto(131_072)
+    rows = rows_of_task(config)
+    assert str(choose_activations(config, rows, device=H100, recorded="keep")) == "keep, as the run began"
+    reference = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, implementation="reference")
+    )
+    assert choose_activations(reference, rows, device=H100).activations == "recompute"
+    assert choose_activations(auto(131_072, agent="bc"), rows, device=H100).activations == "recompute"
+    asked = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="cudnn"))
+    with pytest.raises(ValueError, match="cudnn attention must have an NVIDIA GPU; got 'cpu'"):
+        choose_activations(asked, rows, device=Device(name="cpu", memory=GIB, is_host=True))
+
+
+def test_memory_that_something_else_takes_is_not_planned_with():
+    config = auto(131_072)
+    rows = rows_of_task(config)
+    # Episodes that fill the device but for 15 GiB, which recompute needs: then it, and no longer save_attention.
+    taken = H100.less(device_bytes=H100.memory - 15 * GIB)
+    [level] = [
+        level for level in plan_step(config, rows, taken).levels if level.activations == "save_attention"
+    ]
+    assert level.longest_context < 131_072
+    assert choose_activations(config, rows, device=taken).activations == "offload_attention"
+    without_host = dataclasses.replace(taken, host_memory=20 * GIB).less(host_bytes=10 * GIB)
+    assert choose_activations(config, rows, device=without_host).activations == "recompute"
+    processor = Device(name="cpu", memory=8 * GIB, is_host=True)
+    assert processor.less(host_bytes=GIB, device_bytes=GIB).memory == 6 * GIB
 
 
 def test_the_command_prints_each_kind_of_each_level(capsys):
@@ -140,7 +254,7 @@ def test_the_command_prints_each_kind_of_each_level(capsys):
     model = dataclasses.replace(base.model, compute_dtype="bfloat16", num_layers=24)
     plan = make_plan(dataclasses.replace(base, model=model, tokens=131_072, device="h100"))
     assert out == describe(plan) + "\n"
-    rows = {row[:23].strip(): row[23:].split() for row in out.splitlines()[4:17]}
+    rows = {row[:23].strip(): row[23:].split() for row in out.splitlines()[5:18]}
     assert rows[""] == list(LEVELS)
     kinds = ("parameters", "optimizer", "gradients", "kept activations", "token embeddings")
     parts = [[float(cell) for cell in rows[f"{kind}, GiB"]] for kind in (*kinds, "largest temporary")]

@@ -1,0 +1,76 @@
+"""What `model.activations = "auto"` stands for in one run: the fastest level whose plan fits."""
+
+import dataclasses
+
+from bpt_rl.config import Activations, TrainConfig
+from bpt_rl.run.devices import Device, this_device
+from bpt_rl.run.plan import GIB, Level, Plan, Rows, plan_step
+
+UNPLANNED: Activations = "recompute"
+"""Taken where no plan can be made."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What layers keep, and why that."""
+
+    activations: Activations
+    """Any but auto."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.activations}, {self.reason}"
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """Returns the configuration with the choice made."""
+        model = dataclasses.replace(config.model, activations=self.activations)
+        return dataclasses.replace(config, model=model)
+
+
+def choose_activations(
+    config: TrainConfig,
+    rows: Rows,
+    *,
+    device: Device | None = None,
+    recorded: Activations | None = None,
+) -> Choice:
+    """Returns what the layers of a run keep: what is asked for, or what `auto` stands for.
+
+    Args:
+      config: Of the run.
+      rows: Of a micro-batch.
+      device: Where it is to run; the first of this machine if None.
+      recorded: What the run began with. Another level would round otherwise, and a run so ends with the same bits
+        whatever device it goes on with.
+
+    Raises:
+      ValueError: If cudnn attention is asked for and cannot run.
+    """
+    asked = config.model.activations
+    if config.agent == "bc":
+        return Choice(activations=UNPLANNED, reason="of no meaning to an agent without a transformer")
+    if asked != "auto":
+        return Choice(activations=asked, reason="asked for")
+    if recorded:
+        return Choice(activations=recorded, reason="as the run began")
+    if config.model.implementation == "reference":
+        return Choice(activations=UNPLANNED, reason="since reference attention is not planned")
+    return _fastest(plan_step(config, rows, device or this_device()))
+
+
+def _fastest(plan: Plan) -> Choice:
+    level = plan.choice or plan.leanest
+    reason = (
+        f"{level.memory.device / GIB:.1f} GiB of {plan.device.memory / GIB:.1f} GiB{_of_host(level)} planned"
+    )
+    if not plan.choice:
+        return Choice(activations=level.activations, reason=reason + ": by the plan it may not fit")
+    faster = plan.levels[: plan.levels.index(level)]
+    if faster:
+        need = f"{faster[-1].memory.device / GIB:.1f} GiB{_of_host(faster[-1])}"
+        reason += f"; {faster[-1].activations} would need {need}"
+    return Choice(activations=level.activations, reason=reason)
+
+
+def _of_host(level: Level) -> str:
+    return f" and {level.memory.host / GIB:.1f} GiB of the host" if level.memory.host else ""
