@@ -41,7 +41,7 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.nn.attention import dot_product_attention
 from bpt_rl.run import records
 from bpt_rl.run.collect import collect
-from bpt_rl.run.train import init_state, make_optimizer, train_step
+from bpt_rl.run.step import init_state, make_optimizer, train_step
 from bpt_rl.types import DataStatistics, PackedBatch
 
 TASK, ACTION_REPEAT, NUM_EPISODES = "cartpole_swingup", 4, 16

@@ -31,7 +31,7 @@ from flax import nnx
 from bpt_rl.config import Activations, ModelConfig, OptimizerConfig
 from bpt_rl.nn.language_model import GPT_SHAPES, GPT_VOCABULARY_SIZE, LanguageModel
 from bpt_rl.run import records
-from bpt_rl.run.train import make_optimizer
+from bpt_rl.run.step import make_optimizer
 
 BYTE_MODEL = ModelConfig(
     embed_dim=128, num_layers=3, num_heads=4, activation="gelu", dropout=0.0, activations="keep"

@@ -16,7 +16,7 @@ from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.command import Call, Verb, parse, split
 from bpt_rl.data_verbs import DATA_VERBS
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
 """What a user can cause: shown as one sentence, without a traceback."""
 
 

@@ -52,7 +52,8 @@ class Checkpoints:
 
         Args:
           step: One that was saved.
-          template: Pytree of the same structure, shapes and dtypes (`jax.eval_shape` gives one).
+          template: Pytree of the same structure, shapes and dtypes (`jax.eval_shape` gives one). Arrays come where
+            their templates' sharding says, else to the first device.
 
         Raises:
           FileNotFoundError: If there is no such checkpoint.
@@ -99,6 +100,8 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+        return leaf
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 

@@ -23,7 +23,7 @@ from bpt_rl.run import protocols, records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.render import render_episode
 from bpt_rl.run.rollout import rollout
-from bpt_rl.run.train import init_state, make_optimizer
+from bpt_rl.run.step import init_state, make_optimizer
 from bpt_rl.types import DataStatistics, EpisodeLog
 
 SCHEMA = 1

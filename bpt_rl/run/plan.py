@@ -140,8 +140,10 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device) -> Plan:
     """
     workload = _workload(config, rows, device)
     levels = []
+    # What one group of heads leaves is no whole attention's result to move.
+    left_out = IN_HOST if device.is_host else IN_HOST[:1] if config.model.head_groups > 1 else ()
     for activations in LEVELS:
-        if device.is_host and activations in IN_HOST:
+        if activations in left_out:
             continue
         flops = count_flops(workload, activations)
         levels.append(

@@ -1,4 +1,4 @@
-"""Training: a pure step, and the loop that feeds, logs and checkpoints it."""
+"""Training: the loop that feeds, logs and checkpoints a gradient step."""
 
 import contextlib
 import dataclasses
@@ -6,22 +6,26 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bpt_rl import config_toml
-from bpt_rl.agents.base import Agent, Params
+from bpt_rl.agents.base import Agent
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import OptimizerConfig, TrainConfig
+from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
+from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.loggers import Log, open_loggers
+from bpt_rl.run.out_of_memory import MemoryWatch
+from bpt_rl.run.plan import Rows
+from bpt_rl.run.step import CompiledStep, TrainState, compile_step, placed_state, state_layout
 from bpt_rl.types import PackedBatch
 
 UNFIXED_FIELDS = (
@@ -32,96 +36,21 @@ UNFIXED_FIELDS = (
     "logger",
     "data.store",
     "data.place",
+    "model.activations",
+    "model.head_groups",
+    "model.layer_groups",
+    "optimizer.place",
 )
-"""Fields that may change between a run and its continuation: they do not change the parameters.
+"""Fields that may change between a run and its continuation: they change no parameter but by rounding.
 
-A store may lie elsewhere by then; its digest tells whether it is the same.
+A store may lie elsewhere by then; its digest tells whether it is the same. Sizes of chunks are not among them: each
+chunk draws dropout of its own.
 """
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all and the last metrics."""
 Announce = Callable[[str], None]
 """Called with a line to show before training begins."""
-
-
-class TrainState(NamedTuple):
-    """All that a gradient step reads and changes."""
-
-    step: jax.Array
-    """Gradient steps done."""
-    params: Params
-    optimizer_state: Any
-
-
-def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, then cosine decay."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.num_steps,
-        end_value=config.learning_rate * config.final_learning_rate,
-    )
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay."""
-
-    def is_decayed(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: getattr(path[-1], "key", "") == "kernel", params
-        )
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(make_schedule(config), b2=0.95, weight_decay=config.weight_decay, mask=is_decayed),
-    )
-
-
-def init_state(agent: Agent, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state before the first step."""
-    params = agent.init(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def train_step(
-    agent: Agent,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: PackedBatch,
-    key: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after one gradient step and its metrics.
-
-    Args:
-      agent: Gives the loss.
-      optimizer: Turns its gradient into an update.
-      state: Before the step.
-      batch: Micro-batches stacked on a leading axis; the gradient of each step that counts weighs the same.
-      key: Draws dropout; the step number is folded in here.
-    """
-    step_key = jax.random.fold_in(key, state.step)
-
-    def micro(total: Params, inputs: tuple[PackedBatch, jax.Array]) -> tuple[Params, dict[str, jax.Array]]:
-        micro_batch, index = inputs
-        weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
-        micro_key = jax.random.fold_in(step_key, index)
-        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(
-            state.params, micro_batch, micro_key
-        )
-        metrics = {name: weight * value for name, value in metrics.items()}
-        return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    indices = jnp.arange(len(batch.loss_mask))
-    gradient, metrics = jax.lax.scan(micro, zeros, (batch, indices))
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    metrics = {name: values.sum() for name, values in metrics.items()}
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
-    params = optax.apply_updates(state.params, updates)
-    # Not finite at the step that breaks the parameters, where the loss is so only at the next.
-    metrics["parameter_norm"] = optax.tree.norm(params)
-    return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
 def train(
@@ -139,13 +68,14 @@ def train(
     Args:
       config: Of the run.
       report_progress: Told of every gradient step, once its metrics are known to be finite.
-      announce: Told where the episodes are kept, and why.
+      announce: Told where the episodes are kept and what layers keep, and why.
       command: Command line that repeats this, for the record.
 
     Raises:
       FileNotFoundError: If the store does not exist.
       ValueError: If configuration, store and run folder do not fit together.
       FloatingPointError: If loss, gradient or parameters stop being finite.
+      OutOfMemoryError: If a step does not fit the device.
     """
     folder = records.RunFolder(Path(config.run))
     with contextlib.ExitStack() as stack:
@@ -153,51 +83,81 @@ def train(
         # Whatever is wrong with configuration or data shows before there is a run folder.
         statistics = store.statistics(config.data.task)
         sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
-        agent = make_agent(config, statistics)
+        rows = Rows(
+            statistics=statistics,
+            num_rows=sampler.num_rows,
+            context_length=sampler.context_length,
+            is_one_chain_a_row=sampler.is_one_chain_a_row,
+        )
+        device = _device_beside(sampler)
+        choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(folder))
+        resolved = choice.applied(config)
+        agent = make_agent(resolved, statistics)
         saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
         _check_continuation(config, folder, store.digest, saved.latest_step)
-        optimizer = make_optimizer(config.optimizer)
-        state = init_state(agent, optimizer, config.seed)
+        watch = MemoryWatch(config=resolved, rows=rows, device=device)
         start = saved.latest_step or 0
-        if start:
-            state = saved.restore(start, jax.eval_shape(lambda s: s, state))
-        facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        with watch.over("making the parameters"):
+            state = placed_state(agent, config.optimizer, config.seed)
+            if start:
+                state = saved.restore(start, state_layout(state, config.optimizer))
+        facts = {
+            "command": command,
+            "data": dataclasses.asdict(sampler.choice),
+            "activations": dataclasses.asdict(choice),
+        }
         _write_description(config, folder, dataclasses.asdict(statistics), start, facts)
         if announce:
             announce(f"Episodes are kept in place {sampler.choice}.")
+            announce(f"Activations: {choice}.")
         log = stack.enter_context(open_loggers(config, folder))
         tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
         ledger = Ledger(config, tokens, saved, log, report_progress)
-        for step, reached, metrics in _steps(config, agent, optimizer, state, sampler):
-            ledger.add(step, metrics)
-            if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
-                ledger.settle()
-                saved.save(step, reached)
+        for step, reached, metrics in _steps(agent, state, sampler, watch):
+            # Memory may run out in a step that is only waited for here.
+            with watch.over(f"by step {step}"):
+                ledger.add(step, metrics)
+                if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
+                    ledger.settle()
+                    saved.save(step, reached)
     return folder
 
 
+def _device_beside(sampler: ChainSampler) -> Device:
+    """Returns the device that training has beside the episodes."""
+    taken = sampler.choice.num_bytes
+    device_bytes = taken if sampler.choice.place == "accelerator" else 0
+    host_bytes = taken if sampler.choice.place == "host" else 0
+    return this_device().less(device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def _recorded_activations(folder: records.RunFolder) -> Activations | None:
+    """Returns what layers kept in the run so far; None if it begins or did not say."""
+    if not (folder.path / "versions.json").is_file():
+        return None
+    recorded: Activations | None = folder.versions().get("activations", {}).get("activations")
+    return recorded
+
+
 def _steps(
-    config: TrainConfig,
-    agent: Agent,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    sampler: ChainSampler,
+    agent: Agent, state: TrainState, sampler: ChainSampler, watch: MemoryWatch
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
 
-    def take(state: TrainState, micro_batches: tuple[PackedBatch, ...], key: jax.Array) -> Any:
-        batch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *micro_batches)
-        if sampler.is_one_chain_a_row:
-            batch = batch._replace(segment_ids=None)
-        next_state, metrics = train_step(agent, optimizer, state, batch, key)
-        return next_state, metrics | {"learning_rate": schedule(state.step)}
+    def make_batch(micro_batches: tuple[PackedBatch, ...]) -> PackedBatch:
+        batch: PackedBatch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *micro_batches)
+        return batch._replace(segment_ids=None) if sampler.is_one_chain_a_row else batch
 
-    schedule, key = make_schedule(config.optimizer), jax.random.key(config.seed)
-    step_function = jax.jit(take, donate_argnums=0)
-    start, accumulation = int(state.step), config.optimizer.accumulation
-    source = batches(sampler, start * accumulation, config.optimizer.num_steps * accumulation)
+    config, key = watch.config.optimizer, jax.random.key(watch.config.seed)
+    start, accumulation = int(state.step), config.accumulation
+    compiled: CompiledStep | None = None
+    source = batches(sampler, start * accumulation, config.num_steps * accumulation)
     for step, micro_batches in enumerate(zip(*[source] * accumulation, strict=True), start + 1):
-        state, metrics = step_function(state, micro_batches, key)
+        if compiled is None:
+            with watch.over("compiling the step"):
+                compiled = compile_step(agent, config, micro_batches, key, make_batch=make_batch)
+        with watch.over(f"in step {step}"):
+            state, metrics = compiled(state, micro_batches, key)
         yield step, state, metrics
 
 

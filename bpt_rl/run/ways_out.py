@@ -40,7 +40,8 @@ def _leaner(plan: Plan, level: Level, memory: int) -> str:
 
 def _leaner_configs(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
     """Yields settings and the configuration with them: groups, the optimizer in the host, and both."""
-    config, model = plan.config, plan.config.model
+    # The level that goes with each comes from its own plan.
+    config, model = plan.config, dataclasses.replace(plan.config.model, activations="auto")
     heads = model.num_kv_heads or model.num_heads
     in_host = dataclasses.replace(config.optimizer, place="host")
     changed: list[tuple[str, ModelConfig]] = []

@@ -12,7 +12,8 @@ from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.collect import collect
-from bpt_rl.run.train import init_state, make_optimizer, train
+from bpt_rl.run.step import init_state, make_optimizer
+from bpt_rl.run.train import train
 
 TASK = "cartpole_swingup"
 ACTION_REPEAT = 20

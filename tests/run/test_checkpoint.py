@@ -11,7 +11,8 @@ from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.records import RunFolder
-from bpt_rl.run.train import init_state, make_optimizer, train
+from bpt_rl.run.step import init_state, make_optimizer
+from bpt_rl.run.train import train
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Part of the name of a folder that Orbax is still writing."""

@@ -20,7 +20,7 @@ from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import H100, Device
 from bpt_rl.run.plan import GIB, make_plan, plan_step, rows_of_task
 from bpt_rl.run.plan_text import describe
-from bpt_rl.run.train import init_state, make_optimizer
+from bpt_rl.run.step import init_state, make_optimizer
 
 
 def large(**changes):

@@ -15,7 +15,8 @@ from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
-from bpt_rl.run.train import Ledger, init_state, make_optimizer, make_schedule, train, train_step
+from bpt_rl.run.step import init_state, make_optimizer, make_schedule, train_step
+from bpt_rl.run.train import Ledger, train
 from bpt_rl.types import PackedBatch
 
 STEPS = OptimizerConfig(num_steps=8, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, clip_norm=5.0)
@@ -234,7 +235,10 @@ def test_a_run_may_change_its_place_and_ends_with_the_same_bits(
     kept = folder.versions()["data"]
     # Six episodes of 51 rows of 5 observations, 1 action, 1 reward and its sum, 4 bytes each.
     assert (kept["place"], kept["num_bytes"]) == ("accelerator", 6 * 51 * 8 * 4)
-    assert announced == ["Episodes are kept in place accelerator: asked for; episodes of 0.00934 MiB."]
+    assert announced == [
+        "Episodes are kept in place accelerator: asked for; episodes of 0.00934 MiB.",
+        "Activations: keep, asked for.",
+    ]
 
 
 def test_a_place_without_room_is_refused_before_a_folder_is_made(tiny, tmp_path, monkeypatch):

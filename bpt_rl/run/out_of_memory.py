@@ -1,0 +1,68 @@
+"""A step that does not fit its device, as a sentence with the plan and ways out."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+from bpt_rl.config import TrainConfig
+from bpt_rl.run.devices import Device
+from bpt_rl.run.plan import GIB, Rows, plan_step
+from bpt_rl.run.ways_out import ways_out
+
+SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "Out of memory")
+"""What XLA's errors hold when memory ran out."""
+
+MARGIN = 0.9
+"""Share of the memory that ways out may take by the plan, which was wrong once."""
+
+
+class OutOfMemoryError(MemoryError):
+    """A training step does not fit its device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryWatch:
+    """Turns what XLA raises when memory runs out into one error that says what to do."""
+
+    config: TrainConfig
+    """Of the run, `model.activations` resolved."""
+    rows: Rows
+    device: Device
+
+    @contextlib.contextmanager
+    def over(self, stage: str) -> Iterator[None]:
+        """Watches over a stage of the run, named like "in step 3".
+
+        Raises:
+          OutOfMemoryError: If memory runs out.
+        """
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            is_known = isinstance(error, OutOfMemoryError)
+            if is_known or not (isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)):
+                raise
+            raise OutOfMemoryError(self._explanation(stage, error)) from error
+
+    def _explanation(self, stage: str, error: BaseException) -> str:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        asked = f"activations {self.config.model.activations}"
+        try:
+            plan = plan_step(self.config, self.rows, self.device)
+        except ValueError as reason:
+            return (
+                f"A training step must fit its device; {self.device.name} with {self.device.memory / GIB:.1f} GiB ran "
+                f"out of memory {stage} ({lines[0]}), and there is no plan: {reason} Ways out: (a) a smaller "
+                "data.batch_size with more optimizer.accumulation. (b) a smaller data.num_trajectories. (c) a smaller "
+                "model (model.embed_dim, model.num_layers). Checkpoints stay."
+            )
+        level = plan.level(self.config.model.activations) or plan.leanest
+        memory = int(MARGIN * min(level.memory.device, self.device.memory))
+        host = f" and {level.memory.host / GIB:.1f} GiB of the host" if level.memory.host else ""
+        return (
+            f"A training step must fit its device; {self.device.name} with {self.device.memory / GIB:.1f} GiB ran out "
+            f"of memory {stage} ({lines[0]}), with {asked}, which takes {level.memory.device / GIB:.1f} GiB{host} by "
+            f"the plan. Ways out:{ways_out(plan, level, memory)} Checkpoints stay."
+        )

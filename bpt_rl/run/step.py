@@ -1,0 +1,192 @@
+"""A gradient step: pure functions, and the programs compiled of them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bpt_rl.agents.base import Agent, Params
+from bpt_rl.config import OptimizerConfig
+from bpt_rl.types import PackedBatch
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a gradient step reads and changes."""
+
+    step: jax.Array
+    """Gradient steps done."""
+    params: Params
+    optimizer_state: Any
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up, then cosine decay."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.num_steps,
+        end_value=config.learning_rate * config.final_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay."""
+
+    def is_decayed(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: getattr(path[-1], "key", "") == "kernel", params
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(make_schedule(config), b2=0.95, weight_decay=config.weight_decay, mask=is_decayed),
+    )
+
+
+def init_state(agent: Agent, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Returns the state before the first step."""
+    params = agent.init(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def train_step(
+    agent: Agent,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: PackedBatch,
+    key: jax.Array,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after one gradient step and its metrics.
+
+    Args:
+      agent: Gives the loss.
+      optimizer: Turns its gradient into an update.
+      state: Before the step.
+      batch: Micro-batches stacked on a leading axis; the gradient of each step that counts weighs the same.
+      key: Draws dropout; the step number is folded in here.
+    """
+    gradient, metrics = step_gradient(agent, state.params, batch, jax.random.fold_in(key, state.step))
+    state, norms = updated(optimizer, state, gradient)
+    return state, metrics | norms
+
+
+def step_gradient(
+    agent: Agent, params: Params, batch: PackedBatch, step_key: jax.Array
+) -> tuple[Params, Metrics]:
+    """Returns the gradient of all micro-batches together, and the agent's metrics."""
+
+    def micro(total: Params, inputs: tuple[PackedBatch, jax.Array]) -> tuple[Params, Metrics]:
+        micro_batch, index = inputs
+        weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
+        micro_key = jax.random.fold_in(step_key, index)
+        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(params, micro_batch, micro_key)
+        metrics = {name: weight * value for name, value in metrics.items()}
+        return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    indices = jnp.arange(len(batch.loss_mask))
+    gradient, metrics = jax.lax.scan(micro, zeros, (batch, indices))
+    return gradient, {name: values.sum() for name, values in metrics.items()}
+
+
+def updated(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after an update, and the norms of gradient and parameters."""
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Not finite at the step that breaks the parameters, where the loss is so only at the next.
+    norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
+    return TrainState(state.step + 1, params, optimizer_state), norms
+
+
+def state_layout(state: TrainState, config: OptimizerConfig) -> TrainState:
+    """Returns shape, type and place of each array of a state; `optimizer.place` says where moments lie."""
+
+    def layout(leaf: Any, memory_kind: str | None) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    moments = "pinned_host" if config.place == "host" else None
+    # Counts of steps are nothing to move.
+    optimizer_state = jax.tree.map(
+        lambda leaf: layout(leaf, moments if leaf.ndim else None), state.optimizer_state
+    )
+    on_device = jax.tree.map(lambda leaf: layout(leaf, None), state._replace(optimizer_state=None))
+    return TrainState(on_device.step, on_device.params, optimizer_state)
+
+
+def placed_state(agent: Agent, config: OptimizerConfig, seed: int) -> TrainState:
+    """Returns the state before the first step, each array in its place."""
+    state = init_state(agent, make_optimizer(config), seed)
+    if config.place == "device":
+        return state
+    places = jax.tree.map(lambda leaf: leaf.sharding, state_layout(state, config))
+    placed: TrainState = jax.device_put(state, places)
+    return placed
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A gradient step as compiled programs: a function of state, inputs and key; the state it is given is gone."""
+
+    programs: tuple[jax.stages.Compiled, ...]
+    """One; or two, gradient and update, between which the moments come to the device."""
+
+    def __call__(self, state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        """Returns the next state and metrics, "learning_rate" among them."""
+        if len(self.programs) == 1:
+            next_state, metrics = self.programs[0](state, inputs, key)
+            return next_state, metrics
+        gradient, metrics = self.programs[0](state.params, state.step, inputs, key)
+        # Its own arguments are not allocated before the program before it has freed its temporaries.
+        next_state, more = self.programs[1](state, gradient)
+        return next_state, metrics | more
+
+
+def compile_step(
+    agent: Agent,
+    config: OptimizerConfig,
+    inputs: Any,
+    key: jax.Array,
+    *,
+    make_batch: Callable[[Any], PackedBatch] = lambda batch: batch,
+) -> CompiledStep:
+    """Returns the gradient step that training and benchmarks run.
+
+    Args:
+      agent: Gives the loss.
+      config: Of the optimizer.
+      inputs: Arrays, or their shapes.
+      key: As for `train_step`.
+      make_batch: Makes the batch of inputs, in the same program.
+    """
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config)
+
+    def whole(state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        next_state, metrics = train_step(agent, optimizer, state, make_batch(inputs), key)
+        return next_state, metrics | {"learning_rate": schedule(state.step)}
+
+    def gradient(params: Params, step: jax.Array, inputs: Any, key: jax.Array) -> tuple[Params, Metrics]:
+        return step_gradient(agent, params, make_batch(inputs), jax.random.fold_in(key, step))
+
+    def update(state: TrainState, gradient: Params) -> tuple[TrainState, Metrics]:
+        here = jax.tree.map(lambda leaf: jax.device_put(leaf, on_device), state.optimizer_state)
+        next_state, norms = updated(optimizer, state._replace(optimizer_state=here), gradient)
+        return next_state, norms | {"learning_rate": schedule(state.step)}
+
+    if config.place == "device":
+        return CompiledStep((jax.jit(whole, donate_argnums=0).lower(shapes, inputs, key).compile(),))
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    first = jax.jit(gradient).lower(shapes.params, shapes.step, inputs, key).compile()
+    # Gradients are of the shapes of the parameters.
+    second = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+    return CompiledStep((first, second.lower(shapes, shapes.params).compile()))
