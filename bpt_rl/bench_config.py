@@ -5,6 +5,10 @@ from typing import Literal
 
 from bpt_rl.config import Activations, Implementation, TrainConfig
 
+Method = Literal[
+    "full", "memory_efficient", "bpt", "save_attention", "offload_attention", "recompute", "offload"
+]
+
 
 def _check_counts(**counts: int | tuple[int, ...]) -> None:
     for name, count in counts.items():
@@ -49,6 +53,74 @@ class StepBenchConfig:
             raise ValueError(
                 "The agent must have a transformer, as at and dt have; got bc. Name another preset."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextBenchConfig:
+    """Memory and time of a whole training step against the length of its one row, method by method."""
+
+    tokens: tuple[int, ...] = (4096, 8192, 16_384, 32_768)
+    """Lengths of the row; for an agent, multiples of the layout's tokens a step."""
+    methods: tuple[Method, ...] = (
+        "full",
+        "memory_efficient",
+        "bpt",
+        "save_attention",
+        "offload_attention",
+        "recompute",
+        "offload",
+    )
+    """full: the whole matrix of each head; memory_efficient: blockwise attention, and a feedforward of the whole row
+    (Rabe and Staats); bpt: both blockwise (the paper). These compute each layer again in the backward pass. The others
+    are this project's, with the attention of the model (auto: cuDNN where it can run) and that level of
+    model.activations."""
+    vocabulary_size: int = 0
+    """Entries of a language model's vocabulary, which is then measured on a random text; 0 for the agent."""
+    longest: bool = False
+    """Double each method's last length that fits, compiling only, until it does not."""
+    max_tokens: int = 4_194_304
+    """Longest row that is tried so."""
+    max_step_seconds: float = 60.0
+    """Steps that should take longer are only compiled; twice the length of a measured one should take four times."""
+    num_steps: int = 1
+    """Steps timed, after one that is not; the median counts, or the first that takes 20 seconds, as the only one."""
+    compile_only: bool = False
+    """Compile each step and report the memory it asks for, but run none."""
+    floors: bool = True
+    """Also time attention and a large matrix product alone, for the share of the step that they would take."""
+    out: str = "results/bench_context.json"
+    """JSON file to write, after each measurement, with a PNG of the same name beside it at the end."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """The agent, or the language model's backbone and optimiser. The task gives the sizes; no store is read."""
+
+    def __post_init__(self) -> None:
+        _check_counts(tokens=self.tokens, methods=len(self.methods), num_steps=self.num_steps)
+        _check_counts(max_tokens=self.max_tokens)
+        if not self.max_step_seconds > 0:
+            raise ValueError(
+                f"max_step_seconds must be positive; got {self.max_step_seconds}. compile_only runs no step."
+            )
+        if self.vocabulary_size < 0:
+            raise ValueError(
+                f"vocabulary_size must not be negative; got {self.vocabulary_size}. 0 measures the agent."
+            )
+        if self.vocabulary_size and self.train.optimizer.accumulation > 1:
+            raise ValueError(
+                "A language model is measured on one text a step; got train.optimizer.accumulation "
+                f"{self.train.optimizer.accumulation}. Use 1."
+            )
+        if self.train.agent == "bc" and not self.vocabulary_size:
+            raise ValueError(
+                "The agent must have a transformer, as at and dt have; got bc. Name another preset."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """A picture of records."""
+
+    out: str = "results/bench_context.png"
+    """PNG file to write."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

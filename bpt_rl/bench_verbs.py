@@ -23,6 +23,44 @@ def _step(call: Call) -> None:
     _measure(call, config, measure_steps(config), num_rows=len(step_variants(config)), columns=STEP_COLUMNS)
 
 
+def _context(call: Call) -> None:
+    names, options = split(
+        call, "a configuration: a TOML file or a preset, or a GPT: gpt_1.3B, gpt_2.7B or gpt_6.7B"
+    )
+    default = _context_default(names[0]) if names else bench_config.ContextBenchConfig()
+    config = parse(bench_config.ContextBenchConfig, call, [*names[1:], *options], default)
+    from bpt_rl.run.bench_context import CONTEXT_COLUMNS, check_contexts, measure_contexts
+    from bpt_rl.run.bench_plots import plot_contexts
+
+    check_contexts(config)
+    num_rows = len(config.tokens) * len(config.methods)
+    _measure(call, config, measure_contexts(config), num_rows=num_rows, columns=CONTEXT_COLUMNS)
+    record = Path(config.out)
+    print(f"Plot: {plot_contexts([record], record.with_suffix('.png'))}")
+
+
+def _context_default(name: str) -> bench_config.ContextBenchConfig:
+    if not name.startswith("gpt_"):
+        return bench_config.ContextBenchConfig(train=config_toml.load(TrainConfig, name))
+    from bpt_rl.nn.language_model import GPT_SHAPES, GPT_VOCABULARY_SIZE
+
+    shape = name.removeprefix("gpt_")
+    if shape not in GPT_SHAPES:
+        raise ValueError(
+            f"A GPT must be one of {', '.join(f'gpt_{known}' for known in GPT_SHAPES)}; got {name!r}. Name one of them."
+        )
+    train = TrainConfig(model=GPT_SHAPES[shape])
+    return bench_config.ContextBenchConfig(train=train, vocabulary_size=GPT_VOCABULARY_SIZE)
+
+
+def _plot(call: Call) -> None:
+    records, options = split(call, "a record that `bpt-rl bench context` wrote")
+    config = parse(bench_config.PlotConfig, call, options)
+    from bpt_rl.run.bench_plots import plot_contexts
+
+    print(f"Plot: {plot_contexts([Path(record) for record in records], Path(config.out))}")
+
+
 def _attention(call: Call) -> None:
     config = parse(bench_config.AttentionBenchConfig, call, call.arguments)
     from bpt_rl.run.bench_attention import ATTENTION_COLUMNS, measure_attention
@@ -41,23 +79,18 @@ def _decode(call: Call) -> None:
 
 
 def _measure(call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, columns: Sequence[Any]) -> None:
-    from bpt_rl.run.bench_record import table, write_record
+    from bpt_rl.run.bench_record import check_writable, table, write_record
     from bpt_rl.run.console import Stages
 
     path = Path(config.out)
     done: list[Any] = []
     bench = call.name.removeprefix("bench ")
-
-    def write() -> None:
-        write_record(path, config, done, bench=bench, command=call.command)
-
-    # Before the first measurement too, so that a file that cannot be written is refused at once.
-    write()
+    check_writable(path)
     with Stages(1) as stages, stages.stage(call.name) as advance:
         for row in rows:
             done.append(row)
-            write()
-            advance(len(done), num_rows)
+            write_record(path, config, done, bench=bench, command=call.command)
+            advance(len(done), max(num_rows, len(done)))
     print(table(done, columns))
     print(f"Record: {path}")
 
@@ -68,6 +101,18 @@ BENCH_VERBS: Mapping[str, Verb] = {
         "Measure time and memory of the training step, by context length and what layers keep.",
         "CONFIG [options]",
         "bpt-rl bench step at_350m --tokens 32_768 131_072 --activations save_attention recompute",
+    ),
+    "bench context": Verb(
+        _context,
+        "Measure the training step against the context's length, method by method, and how long it can be.",
+        "CONFIG [options]",
+        "bpt-rl bench context at_350m --tokens 16_384 65_536 --methods bpt save_attention --longest",
+    ),
+    "bench plot": Verb(
+        _plot,
+        "Draw the records of `bench context` in one picture: memory and time against context.",
+        "RECORD... [options]",
+        "bpt-rl bench plot results/bench_context.json --out results/bench_context.png",
     ),
     "bench attention": Verb(
         _attention,

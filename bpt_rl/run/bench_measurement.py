@@ -19,12 +19,6 @@ def failure_of(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether a program asked for more memory than there is."""
-    signs = ("RESOURCE_EXHAUSTED", "out of memory")
-    return isinstance(error, MemoryError) or any(sign.lower() in str(error).lower() for sign in signs)
-
-
 def median_seconds(
     call: Callable[[], Any], num_calls: int, *, num_warmup: int = 1, enough: float = math.inf
 ) -> float:

@@ -1,6 +1,9 @@
 """What a benchmark leaves behind: a JSON file that says where it comes from, and a table for the terminal."""
 
 import dataclasses
+import errno
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,26 @@ def table(rows: Sequence[Any], columns: Sequence[Column]) -> str:
         return "  ".join(f"{cell:{'<' if text else '>'}{width}}" for cell, width, text in parts).rstrip()
 
     return "\n".join([line(lines[0]), "  ".join("-" * width for width in widths), *map(line, lines[1:])])
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written later; what it holds stays.
+
+    Raises:
+      OSError: If it is a folder, or nothing can be written beside it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        is_below_file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "its folder is a file" if is_below_file else (error.strerror or str(error)).lower()
+        raise OSError(
+            f"out must be a file that can be written; got {path} ({reason}). Name another."
+        ) from error
 
 
 def write_record(path: Path, config: Any, rows: Sequence[Any], *, bench: str, command: str) -> None:

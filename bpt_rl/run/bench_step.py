@@ -23,6 +23,7 @@ class StepRow(Measured):
     """Of a row of the batch."""
     implementation: str
     activations: str
+    """What layers kept; where `auto` was asked for, what training would choose."""
     num_rows: int
 
 
@@ -73,8 +74,9 @@ def measure_steps(config: StepBenchConfig) -> Iterator[StepRow]:
 
 
 def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: KernelTimes) -> StepRow:
-    subject = agent_subject(train, row.tokens, row.num_rows)
     try:
+        subject = agent_subject(train, row.tokens, row.num_rows)
+        row = dataclasses.replace(row, activations=subject.train.model.activations)
         row, compiled = compile_step(row, subject, forward_only=config.forward_only)
         if not config.compile_only:
             row = run_step(

@@ -14,9 +14,11 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, Domain, domain_of
+from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.language_step import init_language_state, language_functions, language_step
+from bpt_rl.run.plan import Rows
+from bpt_rl.run.step import init_state, make_optimizer, train_step
 from bpt_rl.run.synthetic import synthetic_statistics
-from bpt_rl.run.train import init_state, make_optimizer, train_step
 from bpt_rl.types import PackedBatch
 
 
@@ -75,11 +77,17 @@ def step_flops(model: ModelConfig, num_tokens: int) -> int:
 def agent_subject(train: TrainConfig, num_tokens: int, num_rows: int) -> Subject:
     """Returns the training step of an agent on random chains, one a row.
 
+    Where the model's `activations` are auto, they are what training would choose.
+
     Raises:
-      ValueError: If the task is unknown or `num_tokens` is no multiple of the layout's tokens a step.
+      ValueError: If the task is unknown, `num_tokens` is no multiple of the layout's tokens a step, or attention that
+        is asked for cannot run.
     """
     domain = DOMAINS[domain_of(train.data.task)]
-    agent = make_agent(train, synthetic_statistics(train.data.task, domain))
+    statistics = synthetic_statistics(train.data.task, domain)
+    rows = Rows(statistics=statistics, num_rows=num_rows, context_length=num_tokens, is_one_chain_a_row=True)
+    train = choose_activations(train, rows).applied(train)
+    agent = make_agent(train, statistics)
     optimizer = make_optimizer(train.optimizer)
     return Subject(
         train=train,
@@ -134,16 +142,7 @@ def synthetic_batch(config: TrainConfig, domain: Domain, num_tokens: int, num_ro
 
 
 def language_subject(train: TrainConfig, vocabulary_size: int, num_tokens: int) -> Subject:
-    """Returns the training step of a language model with the model and optimiser of `train`, on one random text.
-
-    Raises:
-      ValueError: If the optimiser is to accumulate micro-batches: there is one text.
-    """
-    if train.optimizer.accumulation > 1:
-        raise ValueError(
-            "A language model is measured on one text a step; got optimizer.accumulation "
-            f"{train.optimizer.accumulation}. Use 1."
-        )
+    """Returns the training step of a language model with the model and optimiser of `train`, on one random text."""
     model, optimizer = language_functions(train.model, vocabulary_size), make_optimizer(train.optimizer)
 
     def make_inputs() -> tuple[np.ndarray]:

@@ -22,7 +22,7 @@ from bpt_rl.cli import main
 from bpt_rl.config import ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.nn.transformer import Transformer
-from bpt_rl.run import bench_attention, bench_decode, bench_step, bench_subject, synthetic
+from bpt_rl.run import bench_attention, bench_decode, bench_record, bench_step, bench_subject, synthetic
 from bpt_rl.run.bench_measurement import copy_bandwidth, failure_of, median_seconds
 from bpt_rl.run.bench_record import Column, table
 
@@ -250,7 +250,7 @@ def test_bench_decode_reads_the_cache_in_place(tmp_path):
     assert "% of copy" in out
 
 
-@pytest.mark.parametrize("verb", BENCH_VERBS)
+@pytest.mark.parametrize("verb", [verb for verb in BENCH_VERBS if verb != "bench plot"])
 def test_every_example_parses(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(BENCH_VERBS[verb].example.removeprefix("bpt-rl ") + " --tokens 0")
@@ -343,11 +343,24 @@ def test_a_reason_is_one_line():
     assert len(failure_of(ValueError("x" * 1000))) == 200
 
 
-def test_a_record_that_cannot_be_written_is_refused_before_measuring(tmp_path):
+@pytest.mark.parametrize(
+    ("out", "reason"), [("file/attention.json", "its folder is a file"), ("folder", "is a directory")]
+)
+def test_a_record_that_cannot_be_written_is_refused_before_measuring(out, reason, tmp_path):
     (tmp_path / "file").write_text("")
-    status, out, err = run(f"bench attention --tokens 100_000_000 --out {tmp_path}/file/attention.json")
-    assert (status, out) == (2, "")
-    assert "bench attention ..." not in err
+    (tmp_path / "folder").mkdir()
+    status, printed, err = run(f"bench attention --tokens 100_000_000 --out {tmp_path}/{out}")
+    assert (status, printed) == (2, "")
+    assert re.fullmatch(
+        rf"bpt-rl: out must be a file that can be written; got .*{out} \(({reason})\)\. .*", err
+    ), err
+
+
+def test_an_old_record_stays_until_something_is_measured(tmp_path):
+    path = tmp_path / "attention.json"
+    path.write_text("old")
+    bench_record.check_writable(path)
+    assert (path.read_text(), [*tmp_path.iterdir()]) == ("old", [path])
 
 
 def test_the_preset_is_of_the_size_its_name_says():
