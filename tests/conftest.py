@@ -1,10 +1,14 @@
 """Environment of the tests. It must be set before anything imports jax or bpt_rl."""
 
+import contextlib
+import io
 import os
+import shlex
 import signal
 from pathlib import Path
 
 import jaxtyping
+import pytest
 
 # A shell starts background jobs deaf to Ctrl-C, and the processes that tests start and interrupt would be so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,3 +34,38 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # Every annotation of the package is checked at run time, shapes included. As for mypy, an int will do where a
 # float is asked for.
 jaxtyping.install_import_hook("bpt_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+class CommandLine:
+    """`bpt-rl` as users call it, in this process."""
+
+    def run(self, line):
+        """Returns exit status, standard output and standard error."""
+        # Not above: the checks and the environment come first.
+        from bpt_rl.cli import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main(shlex.split(line))
+            except SystemExit as error:
+                status = error.code
+        return status, out.getvalue(), err.getvalue()
+
+    def succeed(self, line):
+        """Returns standard output."""
+        status, out, err = self.run(line)
+        assert status == 0, err
+        return out
+
+    def refuse(self, line):
+        """Returns the one sentence with which a command line is refused."""
+        status, out, err = self.run(line)
+        sentences = [text for text in err.splitlines() if text.startswith("bpt-rl: ")]
+        assert (status, out, len(sentences), "Traceback" in err) == (2, "", 1, False), err
+        return sentences[0].removeprefix("bpt-rl: ")
+
+
+@pytest.fixture(scope="session")
+def cli():
+    return CommandLine()

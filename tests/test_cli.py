@@ -1,7 +1,5 @@
 """The command line as users meet it: real files, real physics, tiny settings."""
 
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -18,7 +16,7 @@ import pytest
 
 from bpt_rl import config_toml
 from bpt_rl.bench_verbs import BENCH_VERBS
-from bpt_rl.cli import VERBS, main
+from bpt_rl.cli import VERBS
 from bpt_rl.config import EvaluateConfig, TrainConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.run.records import RunFolder
@@ -38,47 +36,21 @@ def options(prefix="", **groups):
     )
 
 
-def run(line):
-    """Returns exit status, standard output and standard error of a command line, run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(shlex.split(line))
-        except SystemExit as error:
-            status = error.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def succeed(line):
-    status, out, err = run(line)
-    assert status == 0, err
-    return out
-
-
-def refuse(line):
-    """Returns the one sentence with which a command line is refused."""
-    status, out, err = run(line)
-    sentences = [text for text in err.splitlines() if text.startswith("bpt-rl: ")]
-    assert (status, out, len(sentences)) == (2, "", 1), err
-    assert "Traceback" not in err
-    return sentences[0].removeprefix("bpt-rl: ")
-
-
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(cli, tmp_path_factory):
     """A folder with episodes, a store and a trained run, all made by the command line."""
     root = tmp_path_factory.mktemp("project")
-    out = succeed(
+    out = cli.succeed(
         f"data collect --task cartpole_balance --num-steps 3000 --action-repeat 20 --num-workers 1 --out {root}"
     )
     buffer = root / "cartpole" / "ornstein_uhlenbeck" / "buffer"
     assert out == f"Episodes: {buffer}\n"
-    out = succeed(
+    out = cli.succeed(
         f"data build --source {buffer} --out {root}/store.h5 --tasks cartpole_swingup cartpole_balance "
         "--action-repeat 20 --num-workers 1 --subset first-3-episodes"
     )
     assert out == f"Store: {root}/store.h5\n"
-    out = succeed(train_line(root, root / "at"))
+    out = cli.succeed(train_line(root, root / "at"))
     assert out == f"Run: {root}/at\n"
     return root
 
@@ -119,8 +91,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_defaults_and_an_example(verb):
-    status, out, _ = run(f"{verb} --help")
+def test_every_verb_has_help_with_defaults_and_an_example(cli, verb):
+    status, out, _ = cli.run(f"{verb} --help")
     assert status == 0
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
     assert VERBS[verb].summary in text
@@ -135,29 +107,29 @@ NEEDS_NOTHING = ("demo", "plan", "data list", "data download", "data collect", *
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NEEDS_NOTHING])
-def test_every_example_parses_and_only_lacks_its_files(verb, tmp_path, monkeypatch):
+def test_every_example_parses_and_only_lacks_its_files(cli, verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.search("(data|runs)/", refuse(VERBS[verb].example.removeprefix("bpt-rl ")))
+    assert re.search("(data|runs)/", cli.refuse(VERBS[verb].example.removeprefix("bpt-rl ")))
     assert not list(tmp_path.iterdir())
 
 
-def test_from_collecting_to_the_report(project, tmp_path):
+def test_from_collecting_to_the_report(cli, project, tmp_path):
     root = project
-    described = json.loads(succeed(f"data info {root}/store.h5"))
+    described = json.loads(cli.succeed(f"data info {root}/store.h5"))
     assert (described["num_episodes"], described["subset"], described["action_repeat"]) == (
         3,
         "first-3-episodes",
         20,
     )
     assert list(described["returns"]) == ["cartpole_swingup", "cartpole_balance"]
-    assert "every byte matches its digest" in succeed(f"data verify {root}/store.h5")
-    assert ": 3 episodes, readable, finite" in succeed(f"data verify {root}/cartpole/ornstein_uhlenbeck")
+    assert "every byte matches its digest" in cli.succeed(f"data verify {root}/store.h5")
+    assert ": 3 episodes, readable, finite" in cli.succeed(f"data verify {root}/cartpole/ornstein_uhlenbeck")
 
     folder = RunFolder(root / "at")
     assert folder.config().optimizer.num_steps == 4
     assert folder.versions()["command"] == "bpt-rl " + train_line(root, root / "at")
     line = f"evaluate {root}/at --num-chains 2 --num-workers 1"
-    out = succeed(line)
+    out = cli.succeed(line)
     assert "one training seed (0); 2 chains of 2 episodes" in out
     assert "No episode was rendered" in out
     [record] = folder.evaluations()
@@ -167,19 +139,19 @@ def test_from_collecting_to_the_report(project, tmp_path):
     # The perceptron compiles fastest; the grid itself has its own tests.
     data = {"store": root / "store.h5", "task": "cartpole_swingup", "batch-size": 1}
     grid = options("train.", data=data, optimizer=TINY_STEPS, model={"embed-dim": 8})
-    out = succeed(
+    out = cli.succeed(
         f"ablate trajectory_count --out {cells} --num-trajectories 2 --seeds 0 --train.agent bc {grid} "
         "--evaluate.num-chains 2 --evaluate.num-workers 1 --evaluate.num-episodes 1 --evaluate.no-random"
     )
     assert out == f"{cells}/bc_n2_seed0\n"
 
-    out = succeed(f"report {root}/at --out {tmp_path}/page.html")
+    out = cli.succeed(f"report {root}/at --out {tmp_path}/page.html")
     assert out == f"Report: {tmp_path}/page.html\n"
     assert "cartpole_swingup" in (tmp_path / "page.html").read_text()
-    assert succeed(f"report {cells}/bc_n2_seed0") == f"Report: {cells}/bc_n2_seed0/report.html\n"
+    assert cli.succeed(f"report {cells}/bc_n2_seed0") == f"Report: {cells}/bc_n2_seed0/report.html\n"
 
 
-def test_demo_makes_data_runs_and_report(tmp_path):
+def test_demo_makes_data_runs_and_report(cli, tmp_path):
     data = {"num-trajectories": 1, "batch-size": 1, "top-fraction": 1}
     model = {"embed-dim": 8, "num-layers": 1, "implementation": "reference"}
     optimizer = {"num-steps": 2, "warmup-steps": 0}
@@ -191,7 +163,7 @@ def test_demo_makes_data_runs_and_report(tmp_path):
         f"demo --out {tmp_path}/demo --algorithms random --collect.num-steps 2000 --collect.action-repeat 50 "
         f"--collect.num-workers 1 --ablation.num-trajectories 1 {parts} --ablation.evaluate.num-chains 2"
     )
-    out = succeed(line)
+    out = cli.succeed(line)
     assert out.endswith(f"Report: {tmp_path}/demo/report.html\n")
     assert {path.name for path in (tmp_path / "demo").iterdir()} >= {"at_n1_seed0", "bc", "dt", "store.h5"}
     assert "cartpole_swingup" in (tmp_path / "demo" / "report.html").read_text()
@@ -215,22 +187,22 @@ def test_demo_makes_data_runs_and_report(tmp_path):
         ("data verify", "`bpt-rl data verify` needs the path of a store"),
     ],
 )
-def test_a_misspelt_word_names_the_nearest_valid_one(line, message, tmp_path, monkeypatch):
+def test_a_misspelt_word_names_the_nearest_valid_one(cli, line, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.search(message, refuse(line))
+    assert re.search(message, cli.refuse(line))
     assert not list(tmp_path.iterdir())
 
 
-def test_impossible_values_are_refused_with_the_rule():
-    status, _, err = run("train at_small --model.embed-dim 6 --model.num-heads 2")
+def test_impossible_values_are_refused_with_the_rule(cli):
+    status, _, err = cli.run("train at_small --model.embed-dim 6 --model.num-heads 2")
     assert (status, "Traceback" in err) == (2, False)
     assert "embed_dim must be a multiple of 2 * num_heads" in " ".join(err.split())
 
 
-def test_an_unknown_key_of_a_file_names_the_nearest_valid_one(tmp_path):
+def test_an_unknown_key_of_a_file_names_the_nearest_valid_one(cli, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[optimizer]\nlerning_rate = 1.0\n")
-    sentence = refuse(f"train {path}")
+    sentence = cli.refuse(f"train {path}")
     assert "got 'optimizer.lerning_rate'. Nearest valid key: 'optimizer.learning_rate'" in sentence
 
 
@@ -265,7 +237,7 @@ def with_nan(values):
     ],
     ids=["keys", "rows", "columns", "dtype", "integers", "nan", "length", "truncated"],
 )
-def test_a_damaged_episode_is_named_and_the_old_store_stays(project, tmp_path, change, message):
+def test_a_damaged_episode_is_named_and_the_old_store_stays(cli, project, tmp_path, change, message):
     buffer = tmp_path / "cartpole" / "buffer"
     shutil.copytree(project / "cartpole" / "ornstein_uhlenbeck" / "buffer", buffer)
     path = buffer / "episode_000001_1000.npz"
@@ -279,7 +251,7 @@ def test_a_damaged_episode_is_named_and_the_old_store_stays(project, tmp_path, c
     out.parent.mkdir()
     shutil.copy(project / "store.h5", out)
     old = out.read_bytes()
-    sentence = refuse(
+    sentence = cli.refuse(
         f"data build --source {buffer} --out {out} --tasks cartpole_balance --action-repeat 20 --num-workers 1"
     )
     assert re.search(message, sentence)
@@ -287,46 +259,46 @@ def test_a_damaged_episode_is_named_and_the_old_store_stays(project, tmp_path, c
     assert (out.read_bytes(), list(out.parent.iterdir())) == (old, [out])
 
 
-def test_missing_and_empty_folders_of_episodes_are_refused(tmp_path):
+def test_missing_and_empty_folders_of_episodes_are_refused(cli, tmp_path):
     build = f"data build --out {tmp_path}/store.h5 --tasks cartpole_balance --source {tmp_path}"
-    assert "there is neither at" in refuse(f"{build}/none")
+    assert "there is neither at" in cli.refuse(f"{build}/none")
     (tmp_path / "empty").mkdir()
-    assert "empty holds none" in refuse(f"{build}/empty")
+    assert "empty holds none" in cli.refuse(f"{build}/empty")
     (tmp_path / "file.zip").write_bytes(b"no zip")
-    assert "is a file but no whole zip" in refuse(f"{build}/file.zip")
+    assert "is a file but no whole zip" in cli.refuse(f"{build}/file.zip")
     assert not (tmp_path / "store.h5").exists()
 
 
-def test_stores_that_cannot_serve_are_refused(project, tmp_path):
+def test_stores_that_cannot_serve_are_refused(cli, project, tmp_path):
     runs = tmp_path / "runs"
-    assert "none is at" in refuse(train_line(tmp_path, runs / "at"))
+    assert "none is at" in cli.refuse(train_line(tmp_path, runs / "at"))
     line = train_line(project, runs / "at", task="walker_run")
-    assert re.search("got 'walker_run', and .* holds cartpole_swingup, cartpole_balance", refuse(line))
+    assert re.search("got 'walker_run', and .* holds cartpole_swingup, cartpole_balance", cli.refuse(line))
     path = tmp_path / "store.h5"
     shutil.copy(project / "store.h5", path)
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = 99
     for line in (train_line(tmp_path, runs / "at"), f"data info {path}", f"data verify {path}"):
-        assert "store.h5 does not end like a store" in refuse(line)
+        assert "store.h5 does not end like a store" in cli.refuse(line)
     assert not runs.exists()
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(project, tmp_path):
+def test_a_checkpoint_of_another_architecture_is_refused(cli, project, tmp_path):
     path = shutil.copytree(project / "at", tmp_path / "at")
     config = config_toml.load(TrainConfig, str(path / "config.toml"))
     text = config_toml.to_toml(config).replace("embed_dim = 8", "embed_dim = 24")
     (path / "config.toml").write_text(text)
-    assert re.search(r"architecture; params/\S+ is \(8,\) in .* and \(24,\)", refuse(f"evaluate {path}"))
-    assert "model.embed_dim = 24, and got 8" in refuse(train_line(project, path))
+    assert re.search(r"architecture; params/\S+ is \(8,\) in .* and \(24,\)", cli.refuse(f"evaluate {path}"))
+    assert "model.embed_dim = 24, and got 8" in cli.refuse(train_line(project, path))
     assert (path / "config.toml").read_text() == text
-    assert "there is none in" in refuse(
+    assert "there is none in" in cli.refuse(
         f"evaluate {tmp_path}/none --num-chains {EvaluateConfig().num_chains}"
     )
 
 
 @pytest.mark.parametrize("installed", ["4.0.0", "3.9.1"])
 def test_a_mujoco_that_does_not_fit_is_refused_by_every_verb_that_simulates(
-    project, tmp_path, monkeypatch, installed
+    cli, project, tmp_path, monkeypatch, installed
 ):
     # What pip would leave behind, found before the real one.
     information = tmp_path / f"mujoco-{installed}.dist-info"
@@ -339,7 +311,7 @@ def test_a_mujoco_that_does_not_fit_is_refused_by_every_verb_that_simulates(
         f"data build --source {buffer} --tasks cartpole_balance_sparse --num-workers 1 --out {tmp_path}/s.h5",
         f"evaluate {project}/at --num-chains 1",
     ):
-        sentence = refuse(line)
+        sentence = cli.refuse(line)
         assert f"mujoco {installed} is installed. Run: pip install" in sentence
     assert not list(tmp_path.rglob("*.npz"))
     assert not (tmp_path / "s.h5").exists()

@@ -1,20 +1,15 @@
 """`bpt-rl data list` and `data download` as users meet them."""
 
-import contextlib
 import functools
 import hashlib
-import io
 import os
 import re
-import shlex
 import threading
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-
-from bpt_rl.cli import main
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -41,39 +36,20 @@ def mirror(tmp_path, monkeypatch):
         thread.join()
 
 
-def run(line):
-    """Returns exit status, standard output and standard error of a command line, run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(shlex.split(line))
-        except SystemExit as error:
-            status = error.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def refusal(line):
-    """Returns the one sentence with which a command line is refused."""
-    status, out, err = run(line)
-    sentences = [text for text in err.splitlines() if text.startswith("bpt-rl: ")]
-    assert (status, out, len(sentences), "Traceback" in err) == (2, "", 1, False), err
-    return sentences[0].removeprefix("bpt-rl: ")
-
-
-def test_data_list_shows_every_zip_and_a_domain_alone(monkeypatch):
+def test_data_list_shows_every_zip_and_a_domain_alone(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    status, out, err = run("data list")
+    status, out, err = cli.run("data list")
     assert (status, err) == (0, "")
     assert len(re.findall(r"^ \w+ +proto +[\d,]+ +SHA-256$", out, re.M)) == 6
     assert 80 < max(map(len, out.splitlines())) <= 100
-    status, out, err = run("data list walker")
+    status, out, err = cli.run("data list walker")
     assert (status, err, "cheetah" in out) == (0, "", False)
     assert re.search(r"^ walker +24 +6 +18 +1000 +stand, walk, run", out, re.M)
 
 
-def test_a_download_says_how_it_was_verified_and_the_second_that_it_was_there(mirror, tmp_path):
+def test_a_download_says_how_it_was_verified_and_the_second_that_it_was_there(cli, mirror, tmp_path):
     line = f"data download walker icm --out {tmp_path}/exorl"
-    status, out, err = run(line)
+    status, out, err = cli.run(line)
     path = tmp_path / "exorl" / "walker" / "icm.zip"
     sha256 = hashlib.sha256(mirror.read_bytes()).hexdigest()
     rest = (
@@ -83,15 +59,15 @@ def test_a_download_says_how_it_was_verified_and_the_second_that_it_was_there(mi
     assert (status, out) == (0, f"Archive: {path}\n{rest}")
     assert re.search(r"^download walker/icm \(MB\): done in \d+ s \(\d+\.\d MB/s\)$", err, re.M)
     assert path.read_bytes() == mirror.read_bytes()
-    assert run(line)[:2] == (0, f"Archive: {path} (it was there already)\n{rest}")
+    assert cli.run(line)[:2] == (0, f"Archive: {path} (it was there already)\n{rest}")
 
 
-def test_an_option_counts_more_than_the_environment(mirror, tmp_path, monkeypatch):
+def test_an_option_counts_more_than_the_environment(cli, mirror, tmp_path, monkeypatch):
     good = f"--mirror {os.environ['BPT_RL_EXORL_MIRROR']}"
     monkeypatch.setenv("BPT_RL_EXORL_MIRROR", "http://nowhere.invalid")
     line = f"data download walker icm --out {tmp_path}/exorl"
-    assert "http://nowhere.invalid/walker/icm.zip names none that is" in refusal(line)
-    assert run(f"{line} {good}")[0] == 0
+    assert "http://nowhere.invalid/walker/icm.zip names none that is" in cli.refuse(line)
+    assert cli.run(f"{line} {good}")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -118,13 +94,13 @@ def test_an_option_counts_more_than_the_environment(mirror, tmp_path, monkeypatc
         ("data download walker icm_apt", r"/walker/icm_apt\.zip answered 404 File not found\. .*--mirror"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_sentence(mirror, tmp_path, monkeypatch, line, message):
+def test_what_cannot_be_done_is_refused_in_one_sentence(cli, mirror, tmp_path, monkeypatch, line, message):
     monkeypatch.chdir(tmp_path)
-    assert re.search(message, refusal(line))
+    assert re.search(message, cli.refuse(line))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != mirror]
 
 
-def test_numbers_that_make_no_sense_are_refused():
+def test_numbers_that_make_no_sense_are_refused(cli):
     for option in ("--num-tries 0", "--timeout 0", "--first-wait -1"):
-        status, _, err = run(f"data download walker rnd {option}")
+        status, _, err = cli.run(f"data download walker rnd {option}")
         assert (status, "must" in err, "Traceback" in err) == (2, True, False)

@@ -1,10 +1,7 @@
 """From a Minari dataset to a trained agent and back, as users meet it."""
 
-import contextlib
-import io
 import json
 import re
-import shlex
 import warnings
 
 import minari
@@ -12,8 +9,6 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
-
-from bpt_rl.cli import main
 
 ID = "toy/deep/reach-v3"
 
@@ -42,65 +37,42 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(line):
-    """Returns exit status, standard output and standard error of a command line, run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(shlex.split(line))
-        except SystemExit as error:
-            status = error.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def succeed(line):
-    status, out, err = run(line)
-    assert status == 0, err
-    return out
-
-
-def refuse(line):
-    """Returns the one sentence with which a command line is refused."""
-    status, out, err = run(line)
-    sentences = [text for text in err.splitlines() if text.startswith("bpt-rl: ")]
-    assert (status, out, len(sentences), "Traceback" in err) == (2, "", 1, False), err
-    return sentences[0].removeprefix("bpt-rl: ")
-
-
-def test_an_agent_is_trained_on_a_minari_dataset_and_evaluated_only_by_its_owner(project):
-    assert succeed(f"data build --source minari:{ID} --out store.h5 --num-workers 1") == "Store: store.h5\n"
+def test_an_agent_is_trained_on_a_minari_dataset_and_evaluated_only_by_its_owner(cli, project):
     assert (
-        succeed("data verify store.h5 --num-workers 1")
+        cli.succeed(f"data build --source minari:{ID} --out store.h5 --num-workers 1") == "Store: store.h5\n"
+    )
+    assert (
+        cli.succeed("data verify store.h5 --num-workers 1")
         == "store.h5: 6 episodes, every byte matches its digest.\n"
     )
-    described = json.loads(succeed("data info store.h5"))
+    described = json.loads(cli.succeed("data info store.h5"))
     assert (described["source"], described["num_steps"], described["features"]) == (f"minari/{ID}", 41, {})
     assert (project / "store.png").stat().st_size > 1000
     train = (
         f"--data.store store.h5 --data.task {ID} --data.num-trajectories 2 --data.top-fraction 1 --data.batch-size 2 "
         "--model.embed-dim 8 --model.num-layers 1 --optimizer.num-steps 2 --optimizer.warmup-steps 0 --log-every 1"
     )
-    assert succeed(f"train bc10 --run run {train}") == "Run: run\n"
+    assert cli.succeed(f"train bc10 --run run {train}") == "Run: run\n"
     losses = [
         json.loads(line)["loss"] for line in (project / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-    assert ID in (project / succeed("report run").split()[1]).read_text()
+    assert ID in (project / cli.succeed("report run").split()[1]).read_text()
     sentence = f"there is no simulator for the Minari dataset {re.escape(ID)}\\."
-    assert re.search(sentence, refuse("evaluate run"))
+    assert re.search(sentence, cli.refuse("evaluate run"))
     grid = re.sub("--(?=data|model|optimizer|log)", "--train.", train)
-    assert re.search(sentence, refuse(f"ablate trajectory_count --out grid {grid}"))
+    assert re.search(sentence, cli.refuse(f"ablate trajectory_count --out grid {grid}"))
     assert not (project / "grid").exists()
 
 
-def test_a_store_is_exported_once_and_named_by_its_id(project):
-    succeed(f"data build --source minari:{ID} --out store.h5 --num-workers 1")
+def test_a_store_is_exported_once_and_named_by_its_id(cli, project):
+    cli.succeed(f"data build --source minari:{ID} --out store.h5 --num-workers 1")
     line = "data export store.h5 --dataset-id own/copy-v1"
     path = project / "minari" / "own" / "copy-v1"
-    assert succeed(line) == f"Minari dataset: own/copy-v1, 6 episodes in {path}\n"
+    assert cli.succeed(line) == f"Minari dataset: own/copy-v1, 6 episodes in {path}\n"
     assert minari.load_dataset("own/copy-v1").total_steps == 41
-    assert re.search(f"must not replace a dataset; {path} is there already", refuse(line))
-    assert re.search("needs one store; got store.h5 other.h5", refuse("data export store.h5 other.h5"))
-    assert re.search("none is at other.h5", refuse("data export other.h5"))
-    assert re.search("none at .*/gone-v0. Fetch it with", refuse("data build --source minari:gone-v0"))
+    assert re.search(f"must not replace a dataset; {path} is there already", cli.refuse(line))
+    assert re.search("needs one store; got store.h5 other.h5", cli.refuse("data export store.h5 other.h5"))
+    assert re.search("none is at other.h5", cli.refuse("data export other.h5"))
+    assert re.search("none at .*/gone-v0. Fetch it with", cli.refuse("data build --source minari:gone-v0"))

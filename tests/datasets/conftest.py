@@ -32,6 +32,25 @@ def cut(trajectory: Trajectory, num_steps: int) -> Trajectory:
     return dataclasses.replace(trajectory, **columns)
 
 
+class Streamed(io.BytesIO):
+    """Cannot be sought: zipfile then puts sizes and CRC behind the data."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise OSError
+
+    def tell(self):
+        raise OSError
+
+
+@pytest.fixture(scope="session")
+def make_pipe():
+    """Returns a function that opens what takes a zip and cannot be sought, as a pipe."""
+    return Streamed
+
+
 @pytest.fixture(scope="session")
 def episodes() -> list[Trajectory]:
     config = CollectConfig(task="cartpole_swingup", action_repeat=4, algorithm="random")
