@@ -4,7 +4,7 @@ import dataclasses
 
 from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.run.devices import Device, this_device
-from bpt_rl.run.plan import GIB, Level, Plan, Rows, plan_step
+from bpt_rl.run.plan import Level, Plan, Rows, plan_step, size
 
 UNPLANNED: Activations = "recompute"
 """Taken where no plan can be made."""
@@ -60,17 +60,15 @@ def choose_activations(
 
 def _fastest(plan: Plan) -> Choice:
     level = plan.choice or plan.leanest
-    reason = (
-        f"{level.memory.device / GIB:.1f} GiB of {plan.device.memory / GIB:.1f} GiB{_of_host(level)} planned"
-    )
+    reason = f"{size(level.memory.device)} of {size(plan.device.memory)}{_of_host(level)} planned"
     if not plan.choice:
         return Choice(activations=level.activations, reason=reason + ": by the plan it may not fit")
     faster = plan.levels[: plan.levels.index(level)]
     if faster:
-        need = f"{faster[-1].memory.device / GIB:.1f} GiB{_of_host(faster[-1])}"
+        need = f"{size(faster[-1].memory.device)}{_of_host(faster[-1])}"
         reason += f"; {faster[-1].activations} would need {need}"
     return Choice(activations=level.activations, reason=reason)
 
 
 def _of_host(level: Level) -> str:
-    return f" and {level.memory.host / GIB:.1f} GiB of the host" if level.memory.host else ""
+    return f" and {size(level.memory.host)} of the host" if level.memory.host else ""

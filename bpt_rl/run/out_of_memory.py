@@ -8,7 +8,7 @@ import jax
 
 from bpt_rl.config import TrainConfig
 from bpt_rl.run.devices import Device
-from bpt_rl.run.plan import GIB, Rows, plan_step
+from bpt_rl.run.plan import Rows, plan_step, size
 from bpt_rl.run.ways_out import ways_out
 
 SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "Out of memory")
@@ -53,16 +53,16 @@ class MemoryWatch:
             plan = plan_step(self.config, self.rows, self.device)
         except ValueError as reason:
             return (
-                f"A training step must fit its device; {self.device.name} with {self.device.memory / GIB:.1f} GiB ran "
+                f"A training step must fit its device; {self.device.name} with {size(self.device.memory)} ran "
                 f"out of memory {stage} ({lines[0]}), and there is no plan: {reason} Ways out: (a) a smaller "
                 "data.batch_size with more optimizer.accumulation. (b) a smaller data.num_trajectories. (c) a smaller "
                 "model (model.embed_dim, model.num_layers). Checkpoints stay."
             )
         level = plan.level(self.config.model.activations) or plan.leanest
         memory = int(MARGIN * min(level.memory.device, self.device.memory))
-        host = f" and {level.memory.host / GIB:.1f} GiB of the host" if level.memory.host else ""
+        host = f" and {size(level.memory.host)} of the host" if level.memory.host else ""
         return (
-            f"A training step must fit its device; {self.device.name} with {self.device.memory / GIB:.1f} GiB ran out "
-            f"of memory {stage} ({lines[0]}), with {asked}, which takes {level.memory.device / GIB:.1f} GiB{host} by "
+            f"A training step must fit its device; {self.device.name} with {size(self.device.memory)} ran out "
+            f"of memory {stage} ({lines[0]}), with {asked}, which takes {size(level.memory.device)}{host} by "
             f"the plan. Ways out:{ways_out(plan, level, memory)} Checkpoints stay."
         )

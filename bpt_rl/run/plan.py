@@ -213,3 +213,8 @@ def _reason_without_seconds(device: Device, workload: Workload) -> str:
     if workload.implementation == "blockwise":
         return "no rate was measured for blockwise attention; cudnn needs bfloat16 and one chain a row"
     return ""
+
+
+def size(num_bytes: int) -> str:
+    """Returns bytes for people: GiB, or MiB where they are fewer than one."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"

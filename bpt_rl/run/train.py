@@ -115,9 +115,11 @@ def train(
         ledger = Ledger(config, tokens, saved, log, report_progress)
         for step, reached, metrics in _steps(agent, state, sampler, watch):
             # Memory may run out in a step that is only waited for here.
-            with watch.over(f"by step {step}"):
-                ledger.add(step, metrics)
-                if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
+            with watch.over(f"in step {step - 1}"):
+                ledger.settle()
+            ledger.add(step, metrics)
+            if step % config.checkpoint_every == 0 or step == config.optimizer.num_steps:
+                with watch.over(f"in step {step}"):
                     ledger.settle()
                     saved.save(step, reached)
     return folder

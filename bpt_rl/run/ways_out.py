@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.nn.memory_plan import longest_context, plan_memory
-from bpt_rl.run.plan import GIB, Level, Plan, plan_step
+from bpt_rl.run.plan import Level, Plan, plan_step, size
 from bpt_rl.types import LAYOUTS
 
 
@@ -26,14 +26,14 @@ def _leaner(plan: Plan, level: Level, memory: int) -> str:
     host = plan.device.host_memory
     for other in plan.levels:
         if other.memory.device < level.memory.device and other.memory.fits(memory, host):
-            return f'model.activations = "{other.activations}" takes {other.memory.device / GIB:.1f} GiB by the plan'
+            return f'model.activations = "{other.activations}" takes {size(other.memory.device)} by the plan'
     for settings, config in _leaner_configs(plan):
         again = plan_step(config, plan.rows, plan.device)
         fitting = [other for other in again.levels if other.memory.fits(memory, host)]
         if fitting:
             return (
                 f'{settings} with model.activations = "{fitting[0].activations}" take '
-                f"{fitting[0].memory.device / GIB:.1f} GiB by the plan"
+                f"{size(fitting[0].memory.device)} by the plan"
             )
     return ""
 
@@ -75,7 +75,7 @@ def _shorter(plan: Plan, level: Level, memory: int) -> str:
     count = tokens // (steps * LAYOUTS[plan.config.model.layout])
     if not count:
         return ""
-    return f"Rows of at most {tokens:,} tokens: data.num_trajectories = {count} of {steps} steps"
+    return f"Rows of at most {tokens:,} tokens hold data.num_trajectories = {count}, of {steps} steps each"
 
 
 def _fewer(plan: Plan, level: Level, memory: int) -> str:

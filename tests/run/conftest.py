@@ -49,7 +49,7 @@ def store_path(tmp_path_factory):
 def tiny(store_path):
     """Returns the smallest sensible configuration of an Agentic Transformer, in a run folder of one's own.
 
-    Keywords are fields of TrainConfig, or of one of its parts where a part has them.
+    Keywords are fields of TrainConfig, or of the first of its parts that has them, or "PART.FIELD".
     """
 
     def make(run, **changes):
@@ -62,9 +62,10 @@ def tiny(store_path):
         }
         own = {"checkpoint_every": 2, "log_every": 1}
         for name, value in changes.items():
-            owner = next((key for key, part in parts.items() if hasattr(part, name)), None)
+            owner, _, field = name.rpartition(".")
+            owner = owner or next((key for key, part in parts.items() if hasattr(part, name)), None)
             if owner:
-                parts[owner] = dataclasses.replace(parts[owner], **{name: value})
+                parts[owner] = dataclasses.replace(parts[owner], **{field: value})
             else:
                 own[name] = value
         return TrainConfig(run=str(run), **parts, **own)

@@ -135,7 +135,9 @@ def test_a_step_that_fits_nowhere_names_ways_out_that_the_plan_lets_fit():
     need = plan.levels[-1].memory.device / GIB
     said = describe(plan).splitlines()[-1]
     assert f"even offload takes {need:.1f} GiB. Ways out: " in said
-    assert f"Rows of at most {longest:,} tokens: data.num_trajectories = {longest // 4000} of 1000" in said
+    assert (
+        f"Rows of at most {longest:,} tokens hold data.num_trajectories = {longest // 4000}, of 1000" in said
+    )
     assert "A smaller model (model.embed_dim, model.num_layers)." in said
 
 
