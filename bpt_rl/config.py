@@ -53,9 +53,10 @@ class ModelConfig:
     """Tokens a key chunk of blockwise attention."""
     feedforward_chunk_size: int = 2048
     """Tokens a chunk of the blockwise feedforward."""
-    activations: Activations = "recompute"
+    activations: Activations = "auto"
     """What each layer keeps for the backward pass: everything, its input and its attention's result, the same two in
-    the host's memory, its input alone (the rest is computed again), or its input in the host's memory."""
+    the host's memory, its input alone (the rest is computed again), or its input in the host's memory. auto is the
+    fastest that fits by the plan that `bpt-rl plan` prints; a run keeps what it began with."""
     head_groups: int = 1
     """Groups of heads that are projected and attend one after another, a divisor of the key and value heads: more
     groups, smaller temporaries; not with offload_attention."""

@@ -25,6 +25,7 @@ def _gpt(num_layers: int, num_heads: int, embed_dim: int) -> ModelConfig:
         embed_dim=embed_dim,
         activation="gelu",
         dropout=0.0,
+        activations="recompute",
         feedforward_chunk_size=4096,
         compute_dtype="bfloat16",
     )
