@@ -9,6 +9,7 @@ import functools
 from typing import Literal
 
 from bpt_rl.config import Activations, ModelConfig
+from bpt_rl.types import LAYOUTS
 
 LEVELS: tuple[Activations, ...] = ("keep", "save_attention", "offload_attention", "recompute", "offload")
 """What a layer may keep, fastest first: each computes or moves more than the one before it."""
@@ -97,7 +98,8 @@ class MemoryPlan:
     kept: int
     """On the device from the forward pass to the backward pass, all layers."""
     embeddings: int
-    """float32 token embeddings, which the norm behind them reads at the very end of the backward pass."""
+    """float32 token embeddings, which the norm behind them reads at the very end of the backward pass; 0 where they
+    are made chunk by chunk."""
     layer: int
     """The largest temporary: what the backward pass of one layer holds at once."""
     update: int
@@ -132,11 +134,14 @@ class Flops:
 
 def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     """Returns the bytes that a gradient step holds at its peak, by kind."""
-    layers, tokens = work.model.num_layers, work.num_tokens
-    kept = layers * tokens * kept_bytes_per_token(work, activations)
-    dropped = work.model.embed_dim if work.model.dropout else 0  # a mask of bytes
+    model, tokens = work.model, work.num_tokens
+    stream = work.item_bytes * model.embed_dim
+    kept = tokens * _kept_layers(work, activations)
+    dropped = model.embed_dim if model.dropout else 0  # a mask of bytes
     weights = work.item_bytes * (work.projection_parameters + work.residual_parameters)
-    transient = max(_attention_bytes(work) * tokens, _residual_bytes(work))
+    transient = max(_attention_bytes(work, activations) * tokens, _residual_bytes(work, activations))
+    if activations in IN_HOST:
+        transient += tokens * stream  # the next layer's input, on its way from the host
     parameters = _FLOAT32 * work.num_parameters
     moments_in_host = 2 * parameters * work.optimizer_in_host
     return MemoryPlan(
@@ -144,11 +149,21 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
         optimizer=2 * parameters - moments_in_host,
         gradients=parameters * min(work.accumulation, 2),
         kept=0 if activations in IN_HOST else kept,
-        embeddings=tokens * (_FLOAT32 * work.model.embed_dim + dropped),
+        embeddings=0 if work.is_chunked else tokens * (_FLOAT32 * model.embed_dim + dropped),
         # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
         layer=transient + 2 * weights,
         update=4 * parameters,
         host=moments_in_host + (kept if activations in IN_HOST else 0),
+    )
+
+
+def _kept_layers(work: Workload, activations: Activations) -> int:
+    """Returns the bytes of a token that all layers keep: of layer groups, the inputs and what one group keeps."""
+    model, each = work.model, kept_bytes_per_token(work, activations)
+    if model.layer_groups == 1:
+        return model.num_layers * each
+    return (
+        model.layer_groups * work.item_bytes * model.embed_dim + model.num_layers // model.layer_groups * each
     )
 
 
@@ -164,8 +179,7 @@ def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
         return size * width
     if activations in ("save_attention", "offload_attention"):
         return size * width + attended
-    # Queries, keys and values are each made from an own 16-bit copy of the normed stream.
-    normed = (3 if size < _FLOAT32 else 1) * size * width
+    normed = size * width
     kept = _norm_bytes(work) + normed + size * (width + 2 * work.kv_dim) + attended
     if work.is_chunked:
         # A chunk's inputs, the stream and the attention's output, laid out chunk by chunk.
@@ -187,30 +201,39 @@ def _feedforward_bytes(work: Workload) -> int:
     return _norm_bytes(work) + size * model.embed_dim + hidden + drops
 
 
-def _attention_bytes(work: Workload) -> int:
+def _attention_bytes(work: Workload, activations: Activations) -> int:
     """Returns what the backward pass of attention holds of a token beside what layers keep.
 
     cuDNN sums the query gradient in float32, and gives keys and values a gradient for each query head, which are
     then added where query heads share keys. The blockwise form lays the operands out by chunks and sums the key and
-    value gradients in float32.
+    value gradients in float32. All this is of one group of heads at a time.
     """
     size, width, kv_dim = work.item_bytes, work.model.embed_dim, work.kv_dim
-    projections = size * (width + 2 * kv_dim)
-    # Layer input, its norm, the gradient of the stream, the attention's output and its gradient.
-    held = 5 * size * width + 2 * projections + 2 * _FLOAT32 * work.model.num_heads
+    num_groups = work.model.head_groups
+    heads = 2 * size * (width + 2 * kv_dim) + 2 * _FLOAT32 * work.model.num_heads
     if work.implementation == "blockwise":
-        return held + 2 * size * width + 2 * _FLOAT32 * kv_dim
-    shared = 2 * size * width if kv_dim < width else 0
-    return held + _FLOAT32 * width + shared
+        heads += 2 * size * width + 2 * _FLOAT32 * kv_dim
+    else:
+        heads += _FLOAT32 * width + (2 * size * width if kv_dim < width else 0)
+    # Layer input, gradient of the stream, the attention's output and its gradient; the gradient of the tokens read.
+    held = 4 * size * width + size * width // LAYOUTS[work.model.layout]
+    if num_groups > 1:
+        # The gradient summed over groups; a group's output and its gradient; results as their groups saved them.
+        saved = size * width if activations in ("save_attention", "offload_attention") else 0
+        held += size * width + 2 * size * width // num_groups + saved
+    if work.model.layer_groups > 1 and num_groups == 1:
+        held += 3 * size * width // 2  # measured: what nested loops over layers hold twice
+    return held + heads // num_groups
 
 
-def _residual_bytes(work: Workload) -> int:
+def _residual_bytes(work: Workload, activations: Activations) -> int:
     """Returns what the backward pass of output projection and feedforward holds beside what layers keep."""
     size, width = work.item_bytes, work.model.embed_dim
     # Layer input, its norm, the attention's output, the gradient that comes in, and the two that go out.
-    held = 6 * size * width + size * (width + 2 * work.kv_dim)
-    hidden_gradients = 2 * size * work.feedforward_dim
-    chunk = _feedforward_bytes(work) + hidden_gradients
+    held = 6 * size * width + size * (width + 2 * work.kv_dim) // work.model.head_groups
+    chunk = 2 * size * work.feedforward_dim  # gradients before and behind the activation
+    if activations != "keep" or work.is_chunked:
+        chunk += _feedforward_bytes(work)
     return held * work.num_tokens + chunk * work.num_rows * work.chunk_length
 
 
@@ -220,7 +243,7 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     A causal product of queries and keys is S^2 D operations; attention has two of them forward and five backward.
     """
     layers, width = work.model.num_layers, work.model.embed_dim
-    attends_again = activations in ("recompute", "offload")
+    attends_again = (activations in ("recompute", "offload")) + (work.model.layer_groups > 1)
     product = work.num_rows * work.context_length**2 * width
     projects_again = activations != "keep"
     branches_again = projects_again or work.is_chunked
@@ -228,6 +251,8 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     last = width * work.feedforward_dim
     weights = 3 * (work.projection_parameters + work.residual_parameters)
     weights += projects_again * work.projection_parameters
+    # Groups of layers go forward once more, and whole: each layer's result is the next one's input.
+    weights += (work.model.layer_groups > 1) * (work.projection_parameters + work.residual_parameters)
     weights += branches_again * (work.residual_parameters - last)
     return Flops(
         attention=work.accumulation * layers * product * (7 + 2 * attends_again),
