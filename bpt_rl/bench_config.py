@@ -104,11 +104,6 @@ class ContextBenchConfig:
             raise ValueError(
                 f"vocabulary_size must not be negative; got {self.vocabulary_size}. 0 measures the agent."
             )
-        if self.vocabulary_size and self.train.optimizer.accumulation > 1:
-            raise ValueError(
-                "A language model is measured on one text a step; got train.optimizer.accumulation "
-                f"{self.train.optimizer.accumulation}. Use 1."
-            )
         if self.train.agent == "bc" and not self.vocabulary_size:
             raise ValueError(
                 "The agent must have a transformer, as at and dt have; got bc. Name another preset."

@@ -17,8 +17,8 @@ from bpt_rl.run.bench_execution import (
     MEASURED_COLUMNS,
     Measured,
     add_floor,
-    compile_step,
-    run_step,
+    measure_compiling,
+    measure_running,
 )
 from bpt_rl.run.bench_floor import KernelTimes
 from bpt_rl.run.bench_measurement import FAILURES, failure_of
@@ -159,7 +159,7 @@ class _Meter:
         """Returns a row; `executed` is the longest before it that was run."""
         row, subject = self.row(method, num_tokens), self.subject(method, num_tokens)
         try:
-            row, compiled = compile_step(row, subject)
+            row, program = measure_compiling(row, subject)
             if obstacle := self._obstacle(row):
                 return dataclasses.replace(row, status="does not fit", failure=obstacle)
             row = dataclasses.replace(
@@ -167,9 +167,8 @@ class _Meter:
             )
             if compile_only or self.config.compile_only or self._is_too_slow(row):
                 return row
-            row = run_step(row, subject, compiled, num_steps=self.config.num_steps, num_warmup=1)
+            row = measure_running(row, subject, program, num_steps=self.config.num_steps, num_warmup=1)
             row = dataclasses.replace(row, status="executed", expected_seconds=None)
-            del compiled
             return add_floor(row, subject, self.times) if self.config.floors else row
         except FAILURES as error:
             if row.status != "executed":
@@ -202,7 +201,7 @@ def _expected(executed: ContextRow | None, num_tokens: int) -> float | None:
 
 def floor_bytes(subject: Subject) -> int:
     """Returns the bytes that the state, its gradient and the layers' inputs take."""
-    shapes = jax.eval_shape(subject.make_params)
+    shapes = jax.eval_shape(subject.agent.init, jax.random.key(0))
     model = dataclasses.replace(subject.train.model, layer_groups=1)
     work = Workload(
         model=model,
@@ -212,6 +211,7 @@ def floor_bytes(subject: Subject) -> int:
         num_rows=subject.num_rows,
         context_length=subject.num_tokens,
         accumulation=subject.train.optimizer.accumulation,
+        optimizer_in_host=subject.train.optimizer.place == "host",
     )
     plan = plan_memory(work, "recompute")
-    return plan.parameters + plan.optimizer + plan.gradients + plan.kept
+    return max(plan.parameters + plan.optimizer + plan.gradients + plan.kept, plan.update)

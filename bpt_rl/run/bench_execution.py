@@ -1,16 +1,21 @@
 """Compiling a step and running it: what it asks for, what it takes, and how far that is from the floor."""
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
+from bpt_rl.agents.base import Params
 from bpt_rl.run.bench_floor import KernelTimes, floor_seconds
 from bpt_rl.run.bench_measurement import compiled_bytes, median_seconds, peak_bytes
 from bpt_rl.run.bench_record import Column
-from bpt_rl.run.bench_subject import Subject
+from bpt_rl.run.bench_subject import Subject, first_loss
+from bpt_rl.run.step import compile_step, placed_state
+from bpt_rl.types import PackedBatch
 
 GIB = 2**30
 ENOUGH_SECONDS = 20.0
@@ -71,19 +76,45 @@ MEASURED_COLUMNS = (
 Row = TypeVar("Row", bound=Measured)
 
 
-def compile_step(
-    row: Row, subject: Subject, *, forward_only: bool = False
-) -> tuple[Row, jax.stages.Compiled]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step, or a compiled forward pass, of a subject."""
+
+    make_state: Callable[[], Any]
+    """Puts on the device, or wherever the optimiser's moments lie, what the first call needs."""
+    call: Callable[[Any, PackedBatch], tuple[Any, jax.Array]]
+    """Of state and batch: the next state and the loss. The state it is given may be gone."""
+    compiled: tuple[jax.stages.Compiled, ...]
+
+
+def compile_program(subject: Subject, batch: PackedBatch, *, forward_only: bool = False) -> Program:
+    """Returns what training runs, or its forward pass alone, compiled for such a batch."""
+    agent, optimizer, key = subject.agent, subject.train.optimizer, subject.key
+    seed = subject.train.seed
+    if not forward_only:
+        step = compile_step(agent, optimizer, batch, key)
+
+        def call(state: Any, batch: PackedBatch) -> tuple[Any, jax.Array]:
+            state, metrics = step(state, batch, key)
+            return state, metrics["loss"]
+
+        return Program(functools.partial(placed_state, agent, optimizer, seed), call, step.programs)
+
+    def make_params() -> Params:
+        return agent.init(jax.random.key(seed))
+
+    loss_of = functools.partial(first_loss, agent)
+    compiled = jax.jit(loss_of).lower(jax.eval_shape(make_params), batch, key).compile()
+    return Program(make_params, lambda params, batch: (params, compiled(params, batch, key)), (compiled,))
+
+
+def measure_compiling(row: Row, subject: Subject, *, forward_only: bool = False) -> tuple[Row, Program]:
     """Returns the row with the memory that the compiled step asks for, and that step."""
-    inputs = subject.make_inputs()
+    batch = subject.make_batch()
     began = time.perf_counter()
-    if forward_only:
-        lowered = jax.jit(subject.forward).lower(jax.eval_shape(subject.make_params), *inputs)
-    else:
-        lowered = jax.jit(subject.step, donate_argnums=0).lower(jax.eval_shape(subject.make_state), *inputs)
-    compiled = lowered.compile()
+    program = compile_program(subject, batch, forward_only=forward_only)
     seconds = time.perf_counter() - began
-    asked = compiled_bytes(compiled)
+    asked = compiled_bytes(*program.compiled)
     row = dataclasses.replace(
         row,
         compile_seconds=seconds,
@@ -92,31 +123,26 @@ def compile_step(
         temporary_bytes=asked.temporary,
         host_bytes=asked.host,
     )
-    return row, compiled
+    return row, program
 
 
-def run_step(
+def measure_running(
     row: Row,
     subject: Subject,
-    compiled: jax.stages.Compiled,
+    program: Program,
     *,
     num_steps: int,
     num_warmup: int,
     forward_only: bool = False,
 ) -> Row:
     """Returns the row with the time, peak and loss of the compiled step."""
-    inputs = jax.device_put(subject.make_inputs())
-    # Made by one program, so that nothing else is on the device when the first step begins.
-    state = jax.jit(subject.make_params if forward_only else subject.make_state)()
+    batch = jax.device_put(subject.make_batch())
+    state = program.make_state()
     losses: list[float] = []
 
     def call() -> Any:
         nonlocal state
-        if forward_only:
-            loss = compiled(state, *inputs)
-        else:
-            state, metrics = compiled(state, *inputs)
-            loss = metrics["loss"]
+        state, loss = program.call(state, batch)
         losses.append(float(loss))
         return state
 

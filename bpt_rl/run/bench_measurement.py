@@ -79,13 +79,13 @@ class CompiledBytes(NamedTuple):
     """What a compiled program asks for beside its code; None where the compiler does not say."""
 
     argument: int | None
-    """Of its arguments, donated ones included."""
+    """Of its arguments on the device, donated ones included."""
     result: int | None
     """Of results that do not lie in donated arguments."""
     temporary: int | None
     """Of everything else on the device, at the worst moment."""
     host: int | None
-    """Of temporaries in the host's memory."""
+    """Of all that lies in the host's memory."""
 
     @property
     def device(self) -> int | None:
@@ -95,17 +95,31 @@ class CompiledBytes(NamedTuple):
         return self.argument + self.result + self.temporary
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> CompiledBytes:
-    """Returns what a compiled program asks for, as its compiler plans it."""
-    memory = compiled.memory_analysis()
-    if memory is None:
+def compiled_bytes(*programs: jax.stages.Compiled) -> CompiledBytes:
+    """Returns what programs that run one after another ask for, as their compiler plans it.
+
+    Of several, what the one asks for that takes most of the device. Arguments in the host's memory lie there all the
+    time; a CPU tells them from nothing else.
+    """
+    analyses = [memory for program in programs if (memory := program.memory_analysis()) is not None]
+    if len(analyses) < len(programs):
         return CompiledBytes(None, None, None, None)
-    return CompiledBytes(
-        argument=memory.argument_size_in_bytes,
-        result=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
-        host=memory.host_temp_size_in_bytes,
+    largest = max(
+        (
+            CompiledBytes(
+                argument=memory.argument_size_in_bytes,
+                result=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                temporary=memory.temp_size_in_bytes,
+                host=None,
+            )
+            for memory in analyses
+        ),
+        key=lambda asked: asked.device or 0,
     )
+    held = max(memory.host_argument_size_in_bytes for memory in analyses)
+    results = [memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes for memory in analyses]
+    temporary = [memory.host_temp_size_in_bytes for memory in analyses]
+    return largest._replace(host=held + max(map(sum, zip(results, temporary, strict=True))))
 
 
 def peak_bytes() -> int | None:

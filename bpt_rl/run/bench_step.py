@@ -8,7 +8,13 @@ from bpt_rl.bench_config import StepBenchConfig
 from bpt_rl.config import TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import domain_of
-from bpt_rl.run.bench_execution import MEASURED_COLUMNS, Measured, add_floor, compile_step, run_step
+from bpt_rl.run.bench_execution import (
+    MEASURED_COLUMNS,
+    Measured,
+    add_floor,
+    measure_compiling,
+    measure_running,
+)
 from bpt_rl.run.bench_floor import KernelTimes
 from bpt_rl.run.bench_measurement import FAILURES, failure_of
 from bpt_rl.run.bench_record import Column
@@ -77,12 +83,12 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: K
     try:
         subject = agent_subject(train, row.tokens, row.num_rows)
         row = dataclasses.replace(row, activations=subject.train.model.activations)
-        row, compiled = compile_step(row, subject, forward_only=config.forward_only)
+        row, program = measure_compiling(row, subject, forward_only=config.forward_only)
         if not config.compile_only:
-            row = run_step(
+            row = measure_running(
                 row,
                 subject,
-                compiled,
+                program,
                 num_steps=config.num_steps,
                 num_warmup=config.num_warmup_steps,
                 forward_only=config.forward_only,

@@ -1,9 +1,7 @@
 """What a benchmark of steps measures: an agent, or a language model on the same backbone, on synthetic data."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +13,32 @@ from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, Domain, domain_of
 from bpt_rl.run.activations import choose_activations
-from bpt_rl.run.language_step import init_language_state, language_functions, language_step
+from bpt_rl.run.language_agent import LanguageAgent, text_batch
 from bpt_rl.run.plan import Rows
-from bpt_rl.run.step import init_state, make_optimizer, train_step
 from bpt_rl.run.synthetic import synthetic_statistics
 from bpt_rl.types import PackedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A training step as pure functions, and its inputs."""
+    """A training step and its batch."""
 
     train: TrainConfig
-    """Its model and optimiser."""
+    """Its model and optimiser; `activations` resolved."""
+    agent: Agent
+    make_batch: Callable[[], PackedBatch]
+    """Micro-batches, in the host's memory."""
     num_rows: int
     """Of a micro-batch."""
     num_tokens: int
     """Of a row."""
     vocabulary_size: int = 0
     """Of a language model; 0 for an agent."""
-    make_state: Callable[[], Any]
-    make_inputs: Callable[[], tuple[Any, ...]]
-    step: Callable[..., tuple[Any, dict[str, jax.Array]]]
-    """Of state and inputs: the next state, and metrics with a "loss"."""
-    make_params: Callable[[], Params]
-    forward: Callable[..., jax.Array]
-    """Of parameters and inputs: the loss that the first step reports."""
+
+    @property
+    def key(self) -> jax.Array:
+        """Draws dropout."""
+        return jax.random.key(self.train.seed)
 
     @property
     def step_tokens(self) -> int:
@@ -87,25 +85,17 @@ def agent_subject(train: TrainConfig, num_tokens: int, num_rows: int) -> Subject
     statistics = synthetic_statistics(train.data.task, domain)
     rows = Rows(statistics=statistics, num_rows=num_rows, context_length=num_tokens, is_one_chain_a_row=True)
     train = choose_activations(train, rows).applied(train)
-    agent = make_agent(train, statistics)
-    optimizer = make_optimizer(train.optimizer)
     return Subject(
         train=train,
+        agent=make_agent(train, statistics),
+        make_batch=lambda: synthetic_batch(train, domain, num_tokens, num_rows),
         num_rows=num_rows,
         num_tokens=num_tokens,
-        make_state=functools.partial(init_state, agent, optimizer, train.seed),
-        make_inputs=lambda: (
-            synthetic_batch(train, domain, num_tokens, num_rows),
-            jax.random.key(train.seed),
-        ),
-        step=functools.partial(train_step, agent, optimizer),
-        make_params=lambda: agent.init(jax.random.key(train.seed)),
-        forward=functools.partial(_agent_loss, agent),
     )
 
 
-def _agent_loss(agent: Agent, params: Params, batch: PackedBatch, key: jax.Array) -> jax.Array:
-    """Returns the loss that `train_step` reports of step 0, dropout included."""
+def first_loss(agent: Agent, params: Params, batch: PackedBatch, key: jax.Array) -> jax.Array:
+    """Returns the loss that `train_step` reports of the first step, dropout included."""
     step_key = jax.random.fold_in(key, 0)
 
     def micro(total: jax.Array, inputs: tuple[PackedBatch, jax.Array]) -> tuple[jax.Array, None]:
@@ -142,21 +132,18 @@ def synthetic_batch(config: TrainConfig, domain: Domain, num_tokens: int, num_ro
 
 
 def language_subject(train: TrainConfig, vocabulary_size: int, num_tokens: int) -> Subject:
-    """Returns the training step of a language model with the model and optimiser of `train`, on one random text."""
-    model, optimizer = language_functions(train.model, vocabulary_size), make_optimizer(train.optimizer)
+    """Returns the training step of a language model with the model and optimiser of `train`, on random texts."""
 
-    def make_inputs() -> tuple[np.ndarray]:
+    def make_batch() -> PackedBatch:
         generator = np.random.default_rng(train.seed)
-        return (generator.integers(vocabulary_size, size=(1, num_tokens + 1), dtype=np.int32),)
+        shape = (train.optimizer.accumulation, 1, num_tokens + 1)
+        return text_batch(generator.integers(vocabulary_size, size=shape, dtype=np.int32))
 
     return Subject(
         train=train,
+        agent=LanguageAgent(train.model, vocabulary_size),
+        make_batch=make_batch,
         num_rows=1,
         num_tokens=num_tokens,
         vocabulary_size=vocabulary_size,
-        make_state=functools.partial(init_language_state, model, optimizer, train.seed),
-        make_inputs=make_inputs,
-        step=functools.partial(language_step, model, optimizer),
-        make_params=lambda: model.init(jax.random.key(train.seed)),
-        forward=model.loss,
     )

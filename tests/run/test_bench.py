@@ -160,7 +160,8 @@ def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_a_failure():
-    optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e30)
+    # In two programs, gradient and update.
+    optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e30, place="host")
     train = dataclasses.replace(TRAIN, optimizer=optimizer)
     config = StepBenchConfig(tokens=(12,), num_rows=2, num_steps=3, floors=False, train=train)
     [row] = bench_step.measure_steps(config)

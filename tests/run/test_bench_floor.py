@@ -56,7 +56,7 @@ def test_a_forward_pass_alone_has_the_loss_of_the_step_and_needs_no_optimizer():
     [alone] = bench_step.measure_steps(dataclasses.replace(config, forward_only=True))
     # The same dropout; equal but for the order of float32 sums.
     assert alone.loss == pytest.approx(step.loss, rel=1e-6)
-    params = bench_subject.agent_subject(train, 12, 1).make_params()
+    params = bench_subject.agent_subject(train, 12, 1).agent.init(jax.random.key(0))
     # The optimizer's two moments, and three counters.
     optimizer_bytes = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 12
     assert step.argument_bytes - alone.argument_bytes == optimizer_bytes
