@@ -38,7 +38,7 @@ from bpt_rl.config import BuildConfig, CollectConfig, DataConfig, ModelConfig, O
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
-from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn.attention import cudnn_obstacle, dot_product_attention
 from bpt_rl.run import records
 from bpt_rl.run.collect import collect
 from bpt_rl.run.step import init_state, make_optimizer, train_step
@@ -83,8 +83,11 @@ class Difference:
     maximum: float
 
 
-def implementations() -> tuple[str, ...]:
-    return ("reference", "blockwise", *(["cudnn"] if jax.default_backend() == "gpu" else []))
+def implementations(dtype: str, head_dim: int) -> tuple[str, ...]:
+    """Returns those that this device has, the yardstick first."""
+    kind = jax.devices()[0].device_kind
+    obstacle = cudnn_obstacle(device_kind=kind, dtype=dtype, head_dim=head_dim, has_segments=False)
+    return ("reference", "blockwise", *([] if obstacle else ["cudnn"]))
 
 
 def training_config(options: argparse.Namespace, store: Path) -> TrainConfig:
@@ -180,7 +183,8 @@ def train_all(options: argparse.Namespace) -> tuple[TrainConfig, list[Curve], li
         model = dataclasses.replace(config.model, **changes)
         return train_curve(name, dataclasses.replace(config, model=model), statistics, drawn)
 
-    curves = [train(name, implementation=name) for name in implementations()]
+    names = implementations(config.model.compute_dtype, options.head_dim)
+    curves = [train(name, implementation=name) for name in names]
     rest = [
         train(
             f"blockwise, chunks {size}",
@@ -231,9 +235,7 @@ def gradient_errors(seed: int) -> list[dict[str, Any]]:
         operands = [np.asarray(jnp.asarray(array, dtype), np.float64) for array in drawn]
         with jax.enable_x64(True):
             expected = attend_and_differentiate(operands, jnp.float64, "reference")
-        for implementation in implementations():
-            if implementation == "cudnn" and dtype == "float32":
-                continue
+        for implementation in implementations(dtype, K):
             with full_products():
                 got = attend_and_differentiate(operands, dtype, implementation)
             pairs = zip(("output", "query", "key", "value"), got, expected, strict=True)
