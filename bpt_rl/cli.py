@@ -15,6 +15,7 @@ from bpt_rl import config_toml
 from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.command import Call, Verb, parse, split
 from bpt_rl.data_verbs import DATA_VERBS
+from bpt_rl.datasets import capacity
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
 """What a user can cause: shown as one sentence, without a traceback."""
@@ -179,6 +180,16 @@ def _find_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     raise ValueError(f"A verb must be one of {', '.join(VERBS)}; got {got!r}. Nearest: bpt-rl {near}.")
 
 
+def _offer_memory() -> None:
+    """Lets JAX have most of a GPU's memory and of the host's; left alone it takes 75% and pins up to 64 GB.
+
+    Read when JAX starts. What the user has set stays.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    pinned = max(1, int(capacity.PINNED_SHARE * capacity.host_memory() / 2**30))
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(pinned))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0 done, 2 refused with a sentence, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -190,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    _offer_memory()
     try:
         name, rest = _find_verb(arguments)
         VERBS[name].run(Call(name, VERBS[name], rest))

@@ -11,6 +11,8 @@ ACCELERATOR_SHARE = 0.2
 """Most of the accelerator's free memory that episodes take by themselves; parameters and activations come later."""
 HOST_SHARE = 0.5
 """Most of the host's available memory that episodes take by themselves."""
+PINNED_SHARE = 0.85
+"""Most of the host's available memory that may be pinned for a GPU: no other process can get it back."""
 MEMORY_INFORMATION = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
@@ -90,10 +92,11 @@ def measure() -> Capacity:
 
     statistics = None if jax.default_backend() == "cpu" else jax.local_devices()[0].memory_stats()
     free = statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else None
-    return Capacity(accelerator=free, host=_host_memory())
+    return Capacity(accelerator=free, host=host_memory())
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
+    """Returns the bytes that processes can still get of this machine's memory, or of this container's."""
     if MEMORY_INFORMATION.is_file():
         fields = dict(line.split(":") for line in MEMORY_INFORMATION.read_text().splitlines())
         available = 1024 * int(fields["MemAvailable"].split()[0])

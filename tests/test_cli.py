@@ -1,6 +1,7 @@
 """The command line as users meet it: real files, real physics, tiny settings."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from bpt_rl import config_toml
 from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.cli import VERBS
 from bpt_rl.config import EvaluateConfig, TrainConfig
-from bpt_rl.datasets import exorl
+from bpt_rl.datasets import capacity, exorl
 from bpt_rl.run.records import RunFolder
 
 COMMAND = str(Path(sys.executable).with_name("bpt-rl"))
@@ -104,6 +105,16 @@ def test_every_verb_has_help_with_defaults_and_an_example(cli, verb):
 
 # Verbs that need no file of the user's; `data download` would try to reach its server.
 NEEDS_NOTHING = ("demo", "plan", "data list", "data download", "data collect", *BENCH_VERBS)
+
+
+def test_a_gpus_memory_is_offered_nearly_whole_unless_the_user_says(cli, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+    cli.succeed("data list walker")
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    pinned = int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) * 2**30
+    # Other processes take and give memory meanwhile.
+    assert 0.5 * capacity.host_memory() < pinned < capacity.host_memory()
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in NEEDS_NOTHING])

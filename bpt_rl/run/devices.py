@@ -62,4 +62,5 @@ def this_device() -> Device:
     statistics = device.memory_stats()
     memory = statistics["bytes_limit"] if statistics else room.host
     rates = H100.rates if device.device_kind == H100.name else None
-    return Device(name=device.device_kind, memory=memory, host_memory=room.host, rates=rates)
+    pinned = int(capacity.PINNED_SHARE * room.host)
+    return Device(name=device.device_kind, memory=memory, host_memory=pinned, rates=rates)
