@@ -136,7 +136,7 @@ class AttentionBenchConfig:
     chunk_size: int = 512
     """Tokens of a query and of a key chunk of blockwise attention."""
     num_calls: int = 5
-    """Calls timed, after one that is not; the median counts."""
+    """Calls timed, after one that is not; the median counts, or the first that takes 5 seconds, as the only one."""
     out: str = "results/bench_attention.json"
     """JSON file to write, after each measurement."""
 

@@ -125,6 +125,8 @@ def test_bench_step_measures_the_training_step(tmp_path):
     operations = measured["model_flops_per_second"] * measured["step_seconds"]
     assert operations == pytest.approx(2 * bench_subject.step_flops(TINY, 12))
     assert measured["failure"] == ""
+    # Of the process so far: more than the interpreter, less than a machine.
+    assert measured["peak_bytes"] is None or 2**27 < measured["peak_bytes"] < 2**36
     # A layer that keeps everything attends once in each direction; 12 x 8 x 8 weights, each in three products.
     matrices = 3 * 2 * (12 * 8 * 8) * 24
     floor = measured["attention_both_seconds"] + matrices / measured["matrix_flops_per_second"]
@@ -140,8 +142,11 @@ def test_bench_step_measures_the_training_step(tmp_path):
 
 def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
     line = f"bench step {preset(tmp_path)} --tokens 12 --num-rows 2 --compile-only"
+    line += " --activations auto --implementations blockwise"
     record, out = record_of(line, tmp_path / "step.json")
     [row] = record["rows"]
+    # The fastest level, which fits any machine at this size, and not the word that asks for it.
+    assert row["activations"] == "keep"
     assert row["argument_bytes"] > 0
     assert {name for name, value in row.items() if value is None} == {
         "peak_bytes",
@@ -331,6 +336,8 @@ def test_warm_up_does_not_count_and_the_median_is_no_mean():
     assert median_seconds(sleeping(0.5, 0), 1) < 0.2
     assert median_seconds(sleeping(0, 0, 0.9, 0), 3) < 0.2
     assert 0.2 < median_seconds(sleeping(0.2, 0.3), 2, num_warmup=0) < 1
+    # A long call is the last one, even in place of a warm-up.
+    assert 0.3 < median_seconds(sleeping(0, 0.3), 9, enough=0.25) < 0.9
 
 
 def test_copying_reads_and_writes_at_a_speed_of_this_world():

@@ -22,20 +22,28 @@ TRAIN = TrainConfig(model=TINY)
 
 
 @pytest.mark.parametrize(
-    ("activations", "num_attended", "num_products"),
+    ("activations", "layer_groups", "num_attended", "num_products"),
     # Attention runs forward once more where its result is not kept; a layer's products, but the last one, where only
     # its input is, and those behind the attention too.
     [
-        ("keep", 1, 3 * (4 + 4)),
-        ("save_attention", 1, 4 * (4 + 4) - 2),
-        ("offload_attention", 1, 4 * (4 + 4) - 2),
-        ("recompute", 2, 4 * (4 + 4) - 2),
-        ("offload", 2, 4 * (4 + 4) - 2),
+        ("keep", 1, 1, 3 * (4 + 4)),
+        ("save_attention", 1, 1, 4 * (4 + 4) - 2),
+        ("offload_attention", 1, 1, 4 * (4 + 4) - 2),
+        ("recompute", 1, 2, 4 * (4 + 4) - 2),
+        ("offload", 1, 2, 4 * (4 + 4) - 2),
+        # Groups of layers go forward once more.
+        ("save_attention", 3, 2, 5 * (4 + 4) - 2),
     ],
 )
-def test_a_floor_counts_what_a_level_computes_again(activations, num_attended, num_products):
+def test_a_floor_counts_what_a_level_computes_again(activations, layer_groups, num_attended, num_products):
     model = ModelConfig(
-        embed_dim=8, num_layers=3, num_heads=2, feedforward_dim=16, activations=activations, layout="fused"
+        embed_dim=8,
+        num_layers=3,
+        num_heads=2,
+        feedforward_dim=16,
+        activations=activations,
+        layer_groups=layer_groups,
+        layout="fused",
     )
     train = dataclasses.replace(TRAIN, model=model, optimizer=OptimizerConfig(accumulation=2))
     subject = bench_subject.agent_subject(train, 10, 5)
