@@ -39,7 +39,8 @@ class Workload:
     accumulation: int = 1
     """Micro-batches."""
     optimizer_in_host: bool = False
-    """Whether AdamW's moments lie in the host's memory but for the update."""
+    """Whether parameters and AdamW's moments lie in the host's memory but for the update, and the device has a copy
+    whose kernels are of the compute type."""
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -90,9 +91,9 @@ class MemoryPlan:
     """Bytes at the peak of a step: the backward pass of the last layer, when all layers' results are still kept."""
 
     parameters: int
-    """float32."""
+    """float32; where they lie in the host's memory, the layers' kernels are of the compute type."""
     optimizer: int
-    """AdamW: two float32 moments a parameter; 0 if they lie in the host's memory."""
+    """AdamW: two float32 moments a parameter; 0 where they lie in the host's memory."""
     gradients: int
     """float32; twice with accumulation, the sum and the micro-batch's."""
     kept: int
@@ -143,17 +144,18 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     if activations in IN_HOST:
         transient += tokens * stream  # the next layer's input, on its way from the host
     parameters = _FLOAT32 * work.num_parameters
-    moments_in_host = 2 * parameters * work.optimizer_in_host
+    in_host = work.optimizer_in_host
+    kernels = min(layers * (work.projection_parameters + work.residual_parameters), work.num_parameters)
     return MemoryPlan(
-        parameters=parameters,
-        optimizer=2 * parameters - moments_in_host,
+        parameters=parameters - in_host * kernels * (_FLOAT32 - work.item_bytes),
+        optimizer=0 if in_host else 2 * parameters,
         gradients=parameters * min(work.accumulation, 2),
         kept=0 if activations in IN_HOST else kept,
         embeddings=0 if work.is_chunked else tokens * (_FLOAT32 * model.embed_dim + dropped),
         # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
         layer=transient + 2 * weights,
         update=4 * parameters,
-        host=moments_in_host + (kept if activations in IN_HOST else 0),
+        host=in_host * 3 * parameters + (kept if activations in IN_HOST else 0),
     )
 
 

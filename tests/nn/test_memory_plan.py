@@ -287,15 +287,19 @@ def test_dropout_keeps_a_mask_of_the_embeddings():
     assert plans[1].embeddings - plans[0].embeddings == 4096 * 1024
 
 
-def test_moments_in_the_host_leave_the_device_until_the_update():
-    def both(tokens):
-        here = workload(LARGE, tokens, "cudnn", num_parameters=303_109_126)
+def test_a_state_in_the_host_leaves_a_copy_in_the_compute_type_until_the_update():
+    def both(tokens, **changes):
+        model = dataclasses.replace(LARGE, **changes)
+        here = workload(model, tokens, "cudnn", num_parameters=303_109_126)
         there = dataclasses.replace(here, optimizer_in_host=True)
         return plan_memory(here, "offload"), plan_memory(there, "offload")
 
     here, there = both(131_072)
-    moments = 8 * 303_109_126
-    assert (here.device - there.device, there.host - here.host, there.optimizer) == (moments, moments, 0)
+    moments, kernels = 8 * 303_109_126, 24 * 12 * 1024**2
+    assert (there.optimizer, there.host - here.host) == (0, moments + 4 * 303_109_126)
+    assert here.device - there.device == moments + 2 * kernels
+    here, there = both(131_072, compute_dtype="float32")
+    assert here.device - there.device == moments
     # The update of so few tokens holds more than their backward pass.
     here, there = both(64)
     assert here.device > there.device == 16 * 303_109_126
