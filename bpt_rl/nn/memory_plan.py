@@ -145,7 +145,9 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
         transient += tokens * stream  # the next layer's input, on its way from the host
     parameters = _FLOAT32 * work.num_parameters
     in_host = work.optimizer_in_host
-    kernels = min(layers * (work.projection_parameters + work.residual_parameters), work.num_parameters)
+    kernels = min(
+        model.num_layers * (work.projection_parameters + work.residual_parameters), work.num_parameters
+    )
     return MemoryPlan(
         parameters=parameters - in_host * kernels * (_FLOAT32 - work.item_bytes),
         optimizer=0 if in_host else 2 * parameters,
