@@ -104,7 +104,7 @@ BENCH_VERBS: Mapping[str, Verb] = {
     ),
     "bench context": Verb(
         _context,
-        "Measure the training step against the context's length, method by method, and how long it can be.",
+        "Measure the training step of an agent, or of a GPT like gpt_1.3B, against the context's length, by method.",
         "CONFIG [options]",
         "bpt-rl bench context at_350m --tokens 16_384 65_536 --methods bpt save_attention --longest",
     ),

@@ -125,8 +125,9 @@ def test_bench_step_measures_the_training_step(tmp_path):
     operations = measured["model_flops_per_second"] * measured["step_seconds"]
     assert operations == pytest.approx(2 * bench_subject.step_flops(TINY, 12))
     assert measured["failure"] == ""
-    # Of the process so far: more than the interpreter, less than a machine.
-    assert measured["peak_bytes"] is None or 2**27 < measured["peak_bytes"] < 2**36
+    if jax.default_backend() == "cpu" and measured["peak_bytes"]:
+        # Of the process: more than the interpreter, less than a machine.
+        assert 2**27 < measured["peak_bytes"] < 2**36
     # A layer that keeps everything attends once in each direction; 12 x 8 x 8 weights, each in three products.
     matrices = 3 * 2 * (12 * 8 * 8) * 24
     floor = measured["attention_both_seconds"] + matrices / measured["matrix_flops_per_second"]
@@ -135,9 +136,9 @@ def test_bench_step_measures_the_training_step(tmp_path):
     rate = measured["utilization"] * measured["matrix_flops_per_second"]
     assert rate == pytest.approx(measured["model_flops_per_second"])
 
-    assert "must have an NVIDIA GPU" in refused["failure"]
+    assert "cudnn attention must have" in refused["failure"]
     assert (refused["implementation"], refused["step_seconds"], refused["loss"]) == ("cudnn", None, None)
-    assert out.count("must have an NVIDIA GPU") == 1
+    assert out.count("cudnn attention must have") == 1
 
 
 def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
@@ -204,7 +205,7 @@ def test_attention_operations_count_the_pairs_that_are_not_masked():
 
 
 def test_bench_attention_sets_implementations_side_by_side(tmp_path):
-    line = "bench attention --tokens 256 --num-heads 4 --num-kv-heads 2 --head-dim 8 --chunk-size 32"
+    line = "bench attention --tokens 256 --num-heads 4 --num-kv-heads 2 --head-dim 8 --chunk-size 32 --dtype float32"
     record, out = record_of(line, tmp_path / "attention.json")
     reference, blockwise, cudnn = record["rows"]
     matrix_bytes = 4 * 256 * 256 * 4
@@ -215,7 +216,7 @@ def test_bench_attention_sets_implementations_side_by_side(tmp_path):
     for row in (reference, blockwise):
         assert row["forward_flops_per_second"] * row["forward_seconds"] == pytest.approx(operations)
         assert row["both_flops_per_second"] * row["both_seconds"] == pytest.approx(3 * operations)
-    assert "must have an NVIDIA GPU" in cudnn["failure"]
+    assert "cudnn attention must have" in cudnn["failure"]
     assert "reference" in out
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -78,7 +79,8 @@ def test_a_method_is_run_while_it_is_quick_then_compiled_until_it_does_not_fit(t
         (192, "compiled"),
     ]
     executed, compiled, too_long, longer, longest = rows.values()
-    assert "GiB, of which the device has" in too_long["failure"]
+    # By the compiler's count, or because it gives up.
+    assert re.search("GiB, of which the device has|RESOURCE_EXHAUSTED|[Oo]ut of memory", too_long["failure"])
     assert longer["failure"] == f"nor do {TOO_LONG:,} tokens"
     assert (executed["expected_seconds"], compiled["step_seconds"]) == (None, None)
     assert compiled["expected_seconds"] == pytest.approx(2.25 * executed["step_seconds"])
