@@ -151,7 +151,9 @@ class OptimizerConfig:
     accumulation: int = 1
     """Micro-batches whose gradients are averaged for one step."""
     place: Literal["device", "host"] = "device"
-    """Where AdamW's two moments lie between updates: on the device, or in the host's pinned memory."""
+    """Where float32 parameters and AdamW's moments lie between updates: on the device, or in the host's pinned memory,
+    so that the device holds only a copy of the parameters, its kernels in model.compute_dtype, while it differentiates.
+    Equal but for rounding."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")

@@ -16,6 +16,7 @@ from bpt_rl.nn.attention import dot_product_attention
 from bpt_rl.nn.feedforward import blockwise_map
 from bpt_rl.nn.rematerialisation import LAYER_INPUT, keeping_attention, scan_layers
 from bpt_rl.nn.rotary import apply_rotary
+from bpt_rl.nn.working_copy import widened
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
@@ -246,7 +247,7 @@ class Transformer(nnx.Module):
             state, index = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             stream = checkpoint_name(stream, LAYER_INPUT)
-            return nnx.merge(graph, state)(stream, positions, segment_ids, key), None
+            return nnx.merge(graph, widened(state))(stream, positions, segment_ids, key), None
 
         layers = (stacked, jnp.arange(config.num_layers))
         stream = scan_layers(layer, x.astype(config.compute_dtype), layers, config)

@@ -10,6 +10,7 @@ import optax
 
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.config import OptimizerConfig
+from bpt_rl.nn.working_copy import narrowed, slots_of, with_slots
 from bpt_rl.types import PackedBatch
 
 Metrics = dict[str, jax.Array]
@@ -79,19 +80,29 @@ def train_step(
 def step_gradient(
     agent: Agent, params: Params, batch: PackedBatch, step_key: jax.Array
 ) -> tuple[Params, Metrics]:
-    """Returns the gradient of all micro-batches together, and the agent's metrics."""
+    """Returns the gradient of all micro-batches together, float32, and the agent's metrics.
+
+    Args:
+      agent: Gives the loss.
+      params: float32, or their working copy (`bpt_rl.nn.working_copy`).
+      batch: As for `train_step`.
+      step_key: Draws this step's dropout.
+    """
+
+    def loss(slots: Params, micro_batch: PackedBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return agent.loss(with_slots(params, slots), micro_batch, key)
 
     def micro(total: Params, inputs: tuple[PackedBatch, jax.Array]) -> tuple[Params, Metrics]:
         micro_batch, index = inputs
         weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
         micro_key = jax.random.fold_in(step_key, index)
-        (_, metrics), gradient = jax.value_and_grad(agent.loss, has_aux=True)(params, micro_batch, micro_key)
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(slots, micro_batch, micro_key)
         metrics = {name: weight * value for name, value in metrics.items()}
         return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    slots = slots_of(params)
     indices = jnp.arange(len(batch.loss_mask))
-    gradient, metrics = jax.lax.scan(micro, zeros, (batch, indices))
+    gradient, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, slots), (batch, indices))
     return gradient, {name: values.sum() for name, values in metrics.items()}
 
 
@@ -107,19 +118,16 @@ def updated(
 
 
 def state_layout(state: TrainState, config: OptimizerConfig) -> TrainState:
-    """Returns shape, type and place of each array of a state; `optimizer.place` says where moments lie."""
+    """Returns shape, type and place of each array of a state, as `optimizer.place` says."""
 
-    def layout(leaf: Any, memory_kind: str | None) -> jax.ShapeDtypeStruct:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+    def layout(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Counts of steps are nothing to move.
+        kind = "pinned_host" if config.place == "host" and leaf.ndim else None
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    moments = "pinned_host" if config.place == "host" else None
-    # Counts of steps are nothing to move.
-    optimizer_state = jax.tree.map(
-        lambda leaf: layout(leaf, moments if leaf.ndim else None), state.optimizer_state
-    )
-    on_device = jax.tree.map(lambda leaf: layout(leaf, None), state._replace(optimizer_state=None))
-    return TrainState(on_device.step, on_device.params, optimizer_state)
+    layouts: TrainState = jax.tree.map(layout, state)
+    return layouts
 
 
 def placed_state(agent: Agent, config: OptimizerConfig, seed: int) -> TrainState:
@@ -127,9 +135,12 @@ def placed_state(agent: Agent, config: OptimizerConfig, seed: int) -> TrainState
     state = init_state(agent, make_optimizer(config), seed)
     if config.place == "device":
         return state
-    places = jax.tree.map(lambda leaf: leaf.sharding, state_layout(state, config))
-    placed: TrainState = jax.device_put(state, places)
+    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config)))
     return placed
+
+
+def _shardings(layouts: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, layouts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +148,16 @@ class CompiledStep:
     """A gradient step as compiled programs: a function of state, inputs and key; the state it is given is gone."""
 
     programs: tuple[jax.stages.Compiled, ...]
-    """One; or two, gradient and update, between which the moments come to the device."""
+    """One; or three, working copy, gradient and update, of which only the last has the state on the device."""
 
     def __call__(self, state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         """Returns the next state and metrics, "learning_rate" among them."""
         if len(self.programs) == 1:
             next_state, metrics = self.programs[0](state, inputs, key)
             return next_state, metrics
-        gradient, metrics = self.programs[0](state.params, state.step, inputs, key)
-        # Its own arguments are not allocated before the program before it has freed its temporaries.
-        next_state, more = self.programs[1](state, gradient)
+        copy, gradient_of, update = self.programs
+        gradient, metrics = gradient_of(copy(state.params), state.step, inputs, key)
+        next_state, more = update(state, gradient)
         return next_state, metrics | more
 
 
@@ -156,37 +167,48 @@ def compile_step(
     inputs: Any,
     key: jax.Array,
     *,
+    kernel_dtype: str = "float32",
     make_batch: Callable[[Any], PackedBatch] = lambda batch: batch,
 ) -> CompiledStep:
     """Returns the gradient step that training and benchmarks run.
+
+    With `optimizer.place = "host"` parameters and moments lie in pinned memory of the host; the gradient is taken of
+    a working copy, and both come to the device for the update, when activations are gone.
 
     Args:
       agent: Gives the loss.
       config: Of the optimizer.
       inputs: Arrays, or their shapes.
       key: As for `train_step`.
+      kernel_dtype: Type in which the layers compute (`model.compute_dtype`): that of a working copy's kernels.
       make_batch: Makes the batch of inputs, in the same program.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
 
     def whole(state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         next_state, metrics = train_step(agent, optimizer, state, make_batch(inputs), key)
         return next_state, metrics | {"learning_rate": schedule(state.step)}
 
-    def gradient(params: Params, step: jax.Array, inputs: Any, key: jax.Array) -> tuple[Params, Metrics]:
-        return step_gradient(agent, params, make_batch(inputs), jax.random.fold_in(key, step))
+    def copy(params: Params) -> Params:
+        return narrowed(jax.device_put(params, device), kernel_dtype)
+
+    def gradient(working: Params, step: jax.Array, inputs: Any, key: jax.Array) -> tuple[Params, Metrics]:
+        return step_gradient(agent, working, make_batch(inputs), jax.random.fold_in(key, step))
 
     def update(state: TrainState, gradient: Params) -> tuple[TrainState, Metrics]:
-        here = jax.tree.map(lambda leaf: jax.device_put(leaf, on_device), state.optimizer_state)
-        next_state, norms = updated(optimizer, state._replace(optimizer_state=here), gradient)
+        next_state, norms = updated(optimizer, jax.device_put(state, device), gradient)
         return next_state, norms | {"learning_rate": schedule(state.step)}
 
     if config.place == "device":
         return CompiledStep((jax.jit(whole, donate_argnums=0).lower(shapes, inputs, key).compile(),))
-    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    first = jax.jit(gradient).lower(shapes.params, shapes.step, inputs, key).compile()
-    # Gradients are of the shapes of the parameters.
-    second = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
-    return CompiledStep((first, second.lower(shapes, shapes.params).compile()))
+    on_device = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes.params)
+    working = jax.eval_shape(lambda params: narrowed(params, kernel_dtype), on_device)
+    into_host = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(shapes), None))
+    lowered = (
+        jax.jit(copy).lower(shapes.params),
+        jax.jit(gradient).lower(working, shapes.step, inputs, key),
+        into_host.lower(shapes, on_device),
+    )
+    return CompiledStep(tuple(program.compile() for program in lowered))

@@ -157,7 +157,14 @@ def _steps(
     for step, micro_batches in enumerate(zip(*[source] * accumulation, strict=True), start + 1):
         if compiled is None:
             with watch.over("compiling the step"):
-                compiled = compile_step(agent, config, micro_batches, key, make_batch=make_batch)
+                compiled = compile_step(
+                    agent,
+                    config,
+                    micro_batches,
+                    key,
+                    kernel_dtype=watch.config.model.compute_dtype,
+                    make_batch=make_batch,
+                )
         with watch.over(f"in step {step}"):
             state, metrics = compiled(state, micro_batches, key)
         yield step, state, metrics

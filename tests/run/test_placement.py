@@ -61,7 +61,7 @@ def linear_batch():
     )
 
 
-def test_moments_lie_in_the_host_between_steps_and_steps_give_the_same_bits(assert_same_bits):
+def test_the_state_lies_in_the_host_between_steps_and_steps_give_the_same_bits(assert_same_bits):
     batch, key, history = linear_batch(), jax.random.key(0), {}
     for place in ("device", "host"):
         config = OptimizerConfig(num_steps=9, warmup_steps=2, learning_rate=0.1, place=place)
@@ -74,13 +74,12 @@ def test_moments_lie_in_the_host_between_steps_and_steps_give_the_same_bits(asse
             # What a step is given is gone, so that no second copy is ever held.
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
         history[place] = (state, metrics)
-        moments = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
-        assert {leaf.sharding.memory_kind for leaf in moments} == {
+        arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+        # Parameters and two moments of both kernel and bias.
+        assert [leaf.sharding.memory_kind for leaf in arrays] == 6 * [
             "pinned_host" if place == "host" else "device"
-        }
-        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
-        assert len(moments) == 4
-        assert len(step.programs) == (2 if place == "host" else 1)
+        ]
+        assert len(step.programs) == (3 if place == "host" else 1)
     assert_same_bits(history["host"], history["device"])
 
 
