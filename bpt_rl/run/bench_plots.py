@@ -1,5 +1,6 @@
 """A picture of what `bpt-rl bench context` measured: memory and step time against the context, on logarithmic axes."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,12 +58,20 @@ def plot_contexts(records: Sequence[Path], out: Path) -> Path:
     devices = sorted({record["device"] for record in loaded})
     # Not pyplot: it would open a display where there is one.
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11.5, 5.4))
-        memory, time = figure.subplots(1, 2)
-        _draw_memory(memory, rows)
-        _draw_time(time, rows)
+        # Where nothing ran, there is no time to draw.
+        draw = (
+            [_draw_memory, _draw_time]
+            if any(map(_seconds, itertools.chain(*rows.values())))
+            else [_draw_memory]
+        )
+        figure = Figure(figsize=(1 + 5.3 * len(draw), 5.4))
+        panels = figure.subplots(1, len(draw), squeeze=False)[0]
+        for draw_panel, axes in zip(draw, panels, strict=True):
+            draw_panel(axes, rows)
         figure.suptitle(f"A whole training step, {', '.join(devices)}\n{subject}", fontsize=11)
-        figure.legend(handles=_legend(rows), loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(
+            handles=_legend(rows), loc="outside lower center", ncols=3 if len(draw) == 1 else 5, frameon=False
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)
     return out
@@ -129,8 +138,7 @@ def _draw_memory(axes: Axes, methods: Mapping[str, Sequence[Row]]) -> None:
 def _draw_time(axes: Axes, methods: Mapping[str, Sequence[Row]]) -> None:
     floors: dict[int, float] = {}
     for method, own in methods.items():
-        seconds = [(row, row["step_seconds"] or row["expected_seconds"]) for row in own]
-        points = [(row["tokens"], value, row["status"]) for row, value in seconds if value]
+        points = [(row["tokens"], seconds, row["status"]) for row in own if (seconds := _seconds(row))]
         _draw_method(axes, method, points)
         for row in own:
             if row["floor_seconds"]:
@@ -138,6 +146,11 @@ def _draw_time(axes: Axes, methods: Mapping[str, Sequence[Row]]) -> None:
     _draw_floor(axes, floors, "floor: attention and matrix products, each at its own speed")
     lengths = {row["tokens"] for rows in methods.values() for row in rows}
     _dress(axes, sorted(lengths), "seconds of a step")
+
+
+def _seconds(row: Row) -> float | None:
+    seconds: float | None = row["step_seconds"] or row["expected_seconds"]
+    return seconds
 
 
 def _draw_method(axes: Axes, method: str, points: Sequence[tuple[int, float, str]]) -> None:

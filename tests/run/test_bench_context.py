@@ -167,6 +167,8 @@ def test_records_of_several_runs_become_one_picture(tmp_path, capsys):
     assert main(["bench", "plot", *map(str, paths), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"Plot: {out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+    # Nothing ran, so there is no time to draw, which a logarithmic axis could not do.
+    bench_plots.plot_contexts(paths[1:], tmp_path / "memory.png")
     other = record(tmp_path, "c.json", [], embed_dim=16)
     with pytest.raises(
         ValueError, match=r"must be of one model; got 2 layers of width 16.* and 2 layers of width 8"
