@@ -92,7 +92,7 @@ def compile_program(subject: Subject, batch: PackedBatch, *, forward_only: bool 
     agent, optimizer, key = subject.agent, subject.train.optimizer, subject.key
     seed = subject.train.seed
     if not forward_only:
-        step = compile_step(agent, optimizer, batch, key)
+        step = compile_step(agent, optimizer, batch, key, kernel_dtype=subject.train.model.compute_dtype)
 
         def call(state: Any, batch: PackedBatch) -> tuple[Any, jax.Array]:
             state, metrics = step(state, batch, key)

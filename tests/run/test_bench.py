@@ -166,7 +166,7 @@ def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_a_failure():
-    # In two programs, gradient and update.
+    # In several programs, of a working copy, its gradient and the update.
     optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e30, place="host")
     train = dataclasses.replace(TRAIN, optimizer=optimizer)
     config = StepBenchConfig(tokens=(12,), num_rows=2, num_steps=3, floors=False, train=train)
