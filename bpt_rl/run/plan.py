@@ -76,8 +76,10 @@ class Plan:
 
     @property
     def leanest(self) -> Level:
-        """The level that takes least of the device, and of the host."""
-        return min(self.levels, key=lambda level: (level.memory.device, level.memory.host))
+        """The level that takes least of the device, of those for which the host has room if there are any."""
+        host = self.device.host_memory
+        roomy = [level for level in self.levels if host is None or level.memory.host <= host]
+        return min(roomy or self.levels, key=lambda level: (level.memory.device, level.memory.host))
 
     def level(self, activations: Activations) -> Level | None:
         """Returns the level of that name; None if this device has it not."""
@@ -130,15 +132,21 @@ def rows_of_task(config: PlanConfig) -> Rows:
     )
 
 
-def plan_step(config: TrainConfig, rows: Rows, device: Device) -> Plan:
+def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters: int | None = None) -> Plan:
     """Returns what a training step on such rows needs of a device, at each level of `model.activations`.
 
     Seconds of levels in the host's memory leave out the transfers, which are to hide behind the attention.
 
+    Args:
+      config: Of the run.
+      rows: Of a micro-batch.
+      device: Where it is to run.
+      num_parameters: Of the agent, where they are known; else its parameters are counted.
+
     Raises:
       ValueError: If agent or attention cannot be planned.
     """
-    workload = _workload(config, rows, device)
+    workload = _workload(config, rows, device, num_parameters)
     levels = []
     # What one group of heads leaves is no whole attention's result to move.
     left_out = IN_HOST if device.is_host else IN_HOST[:1] if config.model.head_groups > 1 else ()
@@ -167,16 +175,18 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device) -> Plan:
     )
 
 
-def _workload(config: TrainConfig, rows: Rows, device: Device) -> Workload:
+def _workload(config: TrainConfig, rows: Rows, device: Device, num_parameters: int | None) -> Workload:
     if config.agent == "bc":
         raise ValueError(
             "A plan must be of a transformer; got agent 'bc', whose memory no context fills. Use at or dt."
         )
-    shapes = jax.eval_shape(make_agent(config, rows.statistics).init, jax.random.key(0))
+    if num_parameters is None:
+        shapes = jax.eval_shape(make_agent(config, rows.statistics).init, jax.random.key(0))
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     return Workload(
         model=config.model,
         implementation=_implementation(config, rows, device),
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        num_parameters=num_parameters,
         num_rows=rows.num_rows,
         context_length=rows.context_length,
         accumulation=config.optimizer.accumulation,

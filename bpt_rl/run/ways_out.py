@@ -28,11 +28,11 @@ def _leaner(plan: Plan, level: Level, memory: int) -> str:
         if other.memory.device < level.memory.device and other.memory.fits(memory, host):
             return f'model.activations = "{other.activations}" takes {size(other.memory.device)} by the plan'
     for settings, config in _leaner_configs(plan):
-        again = plan_step(config, plan.rows, plan.device)
+        again = plan_step(config, plan.rows, plan.device, num_parameters=plan.workload.num_parameters)
         fitting = [other for other in again.levels if other.memory.fits(memory, host)]
         if fitting:
             return (
-                f'{settings} with model.activations = "{fitting[0].activations}" take '
+                f'{settings} with model.activations = "{fitting[0].activations}" takes '
                 f"{size(fitting[0].memory.device)} by the plan"
             )
     return ""
