@@ -29,12 +29,20 @@ def _context(call: Call) -> None:
     )
     default = _context_default(names[0]) if names else bench_config.ContextBenchConfig()
     config = parse(bench_config.ContextBenchConfig, call, [*names[1:], *options], default)
-    from bpt_rl.run.bench_context import CONTEXT_COLUMNS, check_contexts, measure_contexts
+    from bpt_rl.run.bench_context import (
+        CONTEXT_COLUMNS,
+        LONGEST_COLUMNS,
+        check_contexts,
+        longest_rows,
+        measure_contexts,
+    )
     from bpt_rl.run.bench_plots import plot_contexts
+    from bpt_rl.run.bench_record import table
 
     check_contexts(config)
     num_rows = len(config.tokens) * len(config.methods)
-    _measure(call, config, measure_contexts(config), num_rows=num_rows, columns=CONTEXT_COLUMNS)
+    rows = _measure(call, config, measure_contexts(config), num_rows=num_rows, columns=CONTEXT_COLUMNS)
+    print(f"\n{table(longest_rows(rows), LONGEST_COLUMNS)}")
     record = Path(config.out)
     print(f"Plot: {plot_contexts([record], record.with_suffix('.png'))}")
 
@@ -78,7 +86,10 @@ def _decode(call: Call) -> None:
     _measure(call, config, measure_decoding(config), num_rows=num_rows, columns=DECODE_COLUMNS)
 
 
-def _measure(call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, columns: Sequence[Any]) -> None:
+def _measure(
+    call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, columns: Sequence[Any]
+) -> list[Any]:
+    """Returns the rows, each written as soon as it is there, and prints them."""
     from bpt_rl.run.bench_record import check_writable, table, write_record
     from bpt_rl.run.console import Stages
 
@@ -93,6 +104,7 @@ def _measure(call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, col
             advance(len(done), max(num_rows, len(done)))
     print(table(done, columns))
     print(f"Record: {path}")
+    return done
 
 
 BENCH_VERBS: Mapping[str, Verb] = {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -63,8 +63,44 @@ CONTEXT_COLUMNS = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongestRow:
+    """How long the context of one method was; None where no row was so."""
+
+    method: Method
+    executed: int | None
+    """Tokens of the longest row that was run."""
+    fitting: int | None
+    """Tokens of the longest row that was run or compiled to fit."""
+    too_long: int | None
+    """Tokens of the shortest row that does not fit."""
+
+
+LONGEST_COLUMNS = (
+    Column(heading="method", field="method"),
+    Column(heading="longest executed, tokens", field="executed"),
+    Column(heading="longest that fits", field="fitting"),
+    Column(heading="shortest that does not", field="too_long"),
+)
+
 _PLAIN: Mapping[str, Any] = {"activations": "recompute", "head_groups": 1, "layer_groups": 1}
 """What the papers' methods have in common."""
+
+
+def longest_rows(rows: Iterable[ContextRow]) -> list[LongestRow]:
+    """Returns a row for each method, in order of appearance."""
+    lengths: dict[Method, dict[str, list[int]]] = {}
+    for row in rows:
+        lengths.setdefault(row.method, {}).setdefault(row.status, []).append(row.tokens)
+    return [
+        LongestRow(
+            method=method,
+            executed=max(by.get("executed", []), default=None),
+            fitting=max(by.get("executed", []) + by.get("compiled", []), default=None),
+            too_long=min(by.get("does not fit", []), default=None),
+        )
+        for method, by in lengths.items()
+    ]
 
 
 def method_model(model: ModelConfig, method: Method, num_tokens: int) -> ModelConfig:

@@ -93,7 +93,10 @@ def test_a_method_is_run_while_it_is_quick_then_compiled_until_it_does_not_fit(t
     assert executed["device_bytes"] >= executed["argument_bytes"] + executed["temporary_bytes"]
     assert executed["floor_share"] * executed["step_seconds"] == pytest.approx(executed["floor_seconds"])
     assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
-    assert f"Plot: {tmp_path / 'context.png'}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Plot: {tmp_path / 'context.png'}" in out
+    # The longest that was run, that fits, and the shortest that does not.
+    assert ["full", "64", "192", f"{TOO_LONG:,}"] in [line.split() for line in out.splitlines()]
 
 
 def test_a_language_model_is_measured_with_its_own_loss_and_vocabulary(tmp_path):
