@@ -25,8 +25,16 @@ from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.loggers import Log, open_loggers
 from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.plan import Rows
-from bpt_rl.run.step import CompiledStep, TrainState, compile_step, placed_state, state_layout
-from bpt_rl.types import PackedBatch
+from bpt_rl.run.step import (
+    CompiledStep,
+    TrainState,
+    compile_step,
+    init_state,
+    make_optimizer,
+    placed_state,
+    state_layout,
+)
+from bpt_rl.types import DataStatistics, PackedBatch
 
 UNFIXED_FIELDS = (
     "run",
@@ -83,13 +91,7 @@ def train(
         # Whatever is wrong with configuration or data shows before there is a run folder.
         statistics = store.statistics(config.data.task)
         sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
-        rows = Rows(
-            statistics=statistics,
-            num_rows=sampler.num_rows,
-            context_length=sampler.context_length,
-            is_one_chain_a_row=sampler.is_one_chain_a_row,
-        )
-        device = _device_beside(sampler)
+        rows, device = _rows_of(sampler, statistics), _device_beside(sampler)
         choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(folder))
         resolved = choice.applied(config)
         agent = make_agent(resolved, statistics)
@@ -98,17 +100,15 @@ def train(
         watch = MemoryWatch(config=resolved, rows=rows, device=device)
         start = saved.latest_step or 0
         with watch.over("making the parameters"):
-            state = placed_state(agent, config.optimizer, config.seed)
-            if start:
-                state = saved.restore(start, state_layout(state, config.optimizer))
-        facts = {
-            "command": command,
-            "data": dataclasses.asdict(sampler.choice),
-            "activations": dataclasses.asdict(choice),
-        }
+            state = _state_at(start, agent, config, saved)
+        facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        has_layers = config.agent != "bc"
+        if has_layers:
+            facts["activations"] = dataclasses.asdict(choice)
         _write_description(config, folder, dataclasses.asdict(statistics), start, facts)
         if announce:
             announce(f"Episodes are kept in place {sampler.choice}.")
+        if announce and has_layers:
             announce(f"Activations: {choice}.")
         log = stack.enter_context(open_loggers(config, folder))
         tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
@@ -123,6 +123,25 @@ def train(
                     ledger.settle()
                     saved.save(step, reached)
     return folder
+
+
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics) -> Rows:
+    return Rows(
+        statistics=statistics,
+        num_rows=sampler.num_rows,
+        context_length=sampler.context_length,
+        is_one_chain_a_row=sampler.is_one_chain_a_row,
+    )
+
+
+def _state_at(start: int, agent: Agent, config: TrainConfig, saved: Checkpoints) -> TrainState:
+    """Returns the state after `start` steps, each array in its place; never two of them at once."""
+    if not start:
+        return placed_state(agent, config.optimizer, config.seed)
+    optimizer = make_optimizer(config.optimizer)
+    shapes = jax.eval_shape(lambda: init_state(agent, optimizer, config.seed))
+    state: TrainState = saved.restore(start, state_layout(shapes, config.optimizer))
+    return state
 
 
 def _device_beside(sampler: ChainSampler) -> Device:

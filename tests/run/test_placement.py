@@ -87,8 +87,8 @@ def test_a_run_may_change_what_it_keeps_and_where_and_ends_within_rounding(
     tiny, trained, tmp_path, read_state
 ):
     with pytest.raises(InterruptionError):
-        train(tiny(tmp_path / "at", activations="recompute", **{"optimizer.place": "host"}), interrupt_at(3))
-    folder = train(tiny(tmp_path / "at", activations="offload"))
+        train(tiny(tmp_path / "at", activations="recompute"), interrupt_at(3))
+    folder = train(tiny(tmp_path / "at", activations="offload", **{"optimizer.place": "host"}))
     # Steps of the rate 0.01 move parameters of about 0.3; float32 rounds gradients in the seventh digit.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
