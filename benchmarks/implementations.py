@@ -5,12 +5,12 @@
 collects a few cartpole episodes, builds a store, and trains one small Agentic Transformer from the same parameters
 on the same batches with every implementation that this device has (bfloat16 compute, no dropout). What a difference
 of the loss curves may be is measured in the same run: the same implementation in other chunks and in float32 is the
-same maths in another rounding. Exits with 1 if an implementation differs from `reference` by more than that noise,
+same maths in another rounding. Exits with 1 if an implementation differs from `reference` by more than twice that,
 in the mean over steps or anywhere, or if its gradients differ from a float64 reference by more than rounding.
 Writes JSON with the curves, and beside it a PNG of them. Three to five minutes on two CPU cores, half of it the
 reference. On a GPU, for instance:
 
-    MUJOCO_GL=disable python benchmarks/implementations.py --trajectories 4 --layers 4 --heads 4 --head-dim 128 \\
+    MUJOCO_GL=disable python benchmarks/implementations.py --heads 4 --head-dim 128 \\
       --out results/implementations_h100.json
 """
 
@@ -53,6 +53,8 @@ GRADIENT_BOUNDS = {"float32": 1e-5, "bfloat16": 2**-6}
 another order, and four of bfloat16, which rounds weights, logit gradients and results."""
 COLOURS = {"reference": "#1b1f24", "blockwise": "#d55e00", "cudnn": "#0072b2"}
 NOISE_COLOURS = ("#6b7280", "#a8467f", "#b07c00")
+SLACK = 2
+"""A difference is like the noise up to this factor: of a few draws of the same noise, one is always the largest."""
 SMOOTHED = 10
 """Gradient steps over which the plot averages differences."""
 
@@ -111,7 +113,8 @@ def training_config(options: argparse.Namespace, store: Path) -> TrainConfig:
         ),
         optimizer=OptimizerConfig(
             num_steps=options.steps,
-            learning_rate=1e-3,
+            # Falls with the width: an unstable run would make any rounding large.
+            learning_rate=0.064 / (options.heads * options.head_dim),
             warmup_steps=min(20, options.steps - 1),
             clip_norm=1.0,
         ),
@@ -315,7 +318,9 @@ def main() -> None:
         maximum=max(row.maximum for row in noises),
     )
     errors = gradient_errors(options.seed)
-    is_alike = all(row.mean <= noise.mean and row.maximum <= noise.maximum for row in judged) and all(
+    is_alike = all(
+        row.mean <= SLACK * noise.mean and row.maximum <= SLACK * noise.maximum for row in judged
+    ) and all(
         max(row[name] for name in ("output", "query", "key", "value")) <= row["bound"] for row in errors
     )
     show([*curves, *rest], judged, noises, errors)

@@ -77,7 +77,9 @@ def test_a_layer_keeps_of_a_token_what_differentiation_keeps(activations, change
     model = dataclasses.replace(SMALL, num_layers=5, activations=activations, **changes)
     # What weights take does not grow with tokens.
     grown = kept_bytes(model, 64) - kept_bytes(model, 32)
-    assert grown == 5 * 32 * kept_bytes_per_token(workload(model, 64), activations)
+    is_sixth_kept = model.activation == "gelu" and jax.__version_info__ < (0, 11)
+    sixth = 2 * model.feedforward_dim * is_sixth_kept
+    assert grown == 5 * 32 * (kept_bytes_per_token(workload(model, 64), activations) + sixth)
 
 
 def product_flops(jaxpr):
@@ -152,7 +154,7 @@ MEASURED = [
     (32_768, "offload_attention", {}, 1.997, 0.02),
     (32_768, "recompute", {}, 3.448, 0.02),
     (32_768, "keep", {}, 21.687, 0.02),
-    (32_768, "keep", {"feedforward_chunk_size": 32_768}, 61.873, 0.08),
+    (32_768, "keep", {"feedforward_chunk_size": 32_768}, 61.873, 0.02),
     (131_072, "save_attention", {}, 16.332, 0.01),
     (131_072, "offload_attention", {}, 4.488, 0.01),
     (131_072, "recompute", {}, 10.238, 0.01),
@@ -275,8 +277,8 @@ def test_a_feedforward_in_one_piece_makes_the_largest_temporary():
 
     whole, weights = layer(131_072), 2 * 2 * 12 * 1024**2
     # Nine 16-bit tensors of the stream's size; the norm's three in float32, two statistics and its 16-bit result; the
-    # six hidden tensors that gelu's derivative reads, and the gradients before and behind it.
-    token = 9 * 2 * 1024 + (3 * 4 * 1024 + 2 * 4 + 2 * 1024) + 4096 * (6 * 2 + 2 * 2)
+    # five hidden tensors that gelu's derivative reads, and the gradients before and behind it.
+    token = 9 * 2 * 1024 + (3 * 4 * 1024 + 2 * 4 + 2 * 1024) + 4096 * (5 * 2 + 2 * 2)
     assert whole == 131_072 * token + weights
     assert layer(4096) == layer(2048) < whole / 2
 
