@@ -1,6 +1,7 @@
 """`bpt-rl bench context` as users run it, and the picture it draws."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,6 +17,8 @@ from bpt_rl.cli import main
 from bpt_rl.config import ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.nn.language_model import LanguageModel
 from bpt_rl.run import bench_context, bench_plots, bench_subject
+from bpt_rl.run.bench_attention import AttentionTimes
+from bpt_rl.run.bench_floor import floor_seconds
 
 MODEL = ModelConfig(
     layout="fused",
@@ -68,7 +71,7 @@ def test_methods_are_what_their_names_say():
 
 def test_a_method_is_run_while_it_is_quick_then_compiled_until_it_does_not_fit(tiny, tmp_path, capsys):
     line = f"bench context {tiny} --tokens 96 64 {TOO_LONG} {2 * TOO_LONG} --methods full"
-    options = "--max-step-seconds 1e-9 --longest --max-tokens 200"
+    options = "--max-step-seconds 1e-9 --longest --max-tokens 200 --no-floors"
     rows = rows_of(f"{line} {options}", tmp_path / "context.json")
     assert [(tokens, row["status"]) for (_, tokens), row in rows.items()] == [
         (64, "executed"),
@@ -91,7 +94,7 @@ def test_a_method_is_run_while_it_is_quick_then_compiled_until_it_does_not_fit(t
     # Parameters, two moments and gradients of four bytes; the input of each of two layers.
     assert executed["floor_bytes"] == 16 * num_parameters + 2 * 64 * 8 * 4
     assert executed["device_bytes"] >= executed["argument_bytes"] + executed["temporary_bytes"]
-    assert executed["floor_share"] * executed["step_seconds"] == pytest.approx(executed["floor_seconds"])
+    assert (executed["floor_seconds"], executed["matrix_flops_per_second"]) == (None, None)
     assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert f"Plot: {tmp_path / 'context.png'}" in out
@@ -99,33 +102,35 @@ def test_a_method_is_run_while_it_is_quick_then_compiled_until_it_does_not_fit(t
     assert ["full", "64", "192", f"{TOO_LONG:,}"] in [line.split() for line in out.splitlines()]
 
 
-def test_a_language_model_is_measured_with_its_own_loss_and_vocabulary(tmp_path):
-    line = (
-        "bench context gpt_1.3B --tokens 24 --methods recompute --vocabulary-size 50 --train.model.num-layers 1 "
-        "--train.model.embed-dim 8 --train.model.num-heads 2 --train.model.compute-dtype float32 "
-        "--train.model.feedforward-chunk-size 16"
-    )
-    [row] = rows_of(line, tmp_path / "context.json").values()
-    record = json.loads((tmp_path / "context.json").read_text())
-    train = config_toml.from_mapping(TrainConfig, record["config"]["train"])
-    assert (train.model.activation, train.model.dropout) == ("gelu", 0.0)
-
+def test_a_language_model_is_measured_with_its_own_loss_and_vocabulary():
+    model = dataclasses.replace(MODEL, num_layers=1, feedforward_chunk_size=16, activations="recompute")
+    train = dataclasses.replace(TRAIN, model=model, optimizer=OptimizerConfig(accumulation=2))
     subject = bench_subject.language_subject(train, 50, 24)
-    text = jax.numpy.asarray(subject.make_batch().step[0])
-    assert text.shape == (1, 25)
+    batch, params = subject.make_batch(), subject.agent.init(jax.random.key(train.seed))
+    text = jax.numpy.asarray(batch.step).reshape(2, 25)
     assert set(text.ravel().tolist()) <= set(range(50))
-    model = LanguageModel(train.model, 50, nnx.Rngs(jax.random.key(train.seed)))
-    loss = nnx.jit(lambda model, text: model.losses(text[:, :-1], text[:, 1:]).mean())(model, text)
-    assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
+    language_model = LanguageModel(model, 50, nnx.Rngs(jax.random.key(train.seed)))
+    loss = nnx.jit(lambda model, text: model.losses(text[:, :-1], text[:, 1:]).mean())(language_model, text)
+    measured = jax.jit(functools.partial(bench_subject.first_loss, subject.agent))(params, batch, subject.key)
+    assert measured == pytest.approx(float(loss), rel=1e-5)
     # Near an even guess among 50.
-    assert abs(row["loss"] - math.log(50)) < 0.2
+    assert abs(measured - math.log(50)) < 0.2
+
     layer = 2 * (12 * 8 * 8) * 24 + 2 * 24 * 24 * 8
-    flops = 3 * (layer + 2 * 24 * 8 * 50)
-    assert row["model_flops_per_second"] * row["step_seconds"] == pytest.approx(flops)
+    assert subject.model_flops == 2 * 3 * (layer + 2 * 24 * 8 * 50)
     # Recomputed: attention once more, weights but the last ones, and the logits once more.
     matrices = 2 * (4 * 12 - 4) * 8 * 8 * 24 + 4 * 2 * 24 * 8 * 50
-    floor = row["attention_forward_seconds"] + row["attention_both_seconds"]
-    assert row["floor_seconds"] == pytest.approx(floor + matrices / row["matrix_flops_per_second"])
+    attention = AttentionTimes(forward=0.5, both=3.0, temporary_bytes=None)
+    assert floor_seconds(subject, attention, 1e3) == pytest.approx(2 * (0.5 + 3.0 + matrices / 1e3))
+
+
+def test_a_gpt_has_the_shape_and_the_vocabulary_of_its_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["bench", "context", "gpt_2.7B", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for default in (r"--vocabulary-size INT [^-]*50257\)", r"--train\.model\.embed-dim INT [^-]*2560\)"):
+        assert re.search(default, said)
 
 
 def record(tmp_path, name, rows, **model):
