@@ -185,30 +185,38 @@ def compile_step(
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
 
     def whole(state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         next_state, metrics = train_step(agent, optimizer, state, make_batch(inputs), key)
         return next_state, metrics | {"learning_rate": schedule(state.step)}
 
-    def copy(params: Params) -> Params:
-        return narrowed(jax.device_put(params, device), kernel_dtype)
-
     def gradient(working: Params, step: jax.Array, inputs: Any, key: jax.Array) -> tuple[Params, Metrics]:
         return step_gradient(agent, working, make_batch(inputs), jax.random.fold_in(key, step))
 
-    def update(state: TrainState, gradient: Params) -> tuple[TrainState, Metrics]:
-        next_state, norms = updated(optimizer, jax.device_put(state, device), gradient)
-        return next_state, norms | {"learning_rate": schedule(state.step)}
-
     if config.place == "device":
         return CompiledStep((jax.jit(whole, donate_argnums=0).lower(shapes, inputs, key).compile(),))
-    on_device = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes.params)
-    working = jax.eval_shape(lambda params: narrowed(params, kernel_dtype), on_device)
-    into_host = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(shapes), None))
-    lowered = (
-        jax.jit(copy).lower(shapes.params),
-        jax.jit(gradient).lower(working, shapes.step, inputs, key),
-        into_host.lower(shapes, on_device),
-    )
+    copy, update = _lowered_transfers(config, shapes, kernel_dtype)
+    lowered = (copy, jax.jit(gradient).lower(copy.out_info, shapes.step, inputs, key), update)
     return CompiledStep(tuple(program.compile() for program in lowered))
+
+
+def _lowered_transfers(
+    config: OptimizerConfig, shapes: TrainState, kernel_dtype: str
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Returns what goes before and after the gradient of a state in the host: the working copy, and the update."""
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+
+    def fetched(leaf: jax.Array, layout: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(leaf, device) if layout.sharding.memory_kind == "pinned_host" else leaf
+
+    def copy(params: Params) -> Params:
+        return narrowed(jax.tree.map(fetched, params, shapes.params), kernel_dtype)
+
+    def update(state: TrainState, gradient: Params) -> tuple[TrainState, Metrics]:
+        next_state, norms = updated(optimizer, jax.tree.map(fetched, state, shapes), gradient)
+        return next_state, norms | {"learning_rate": schedule(state.step)}
+
+    gradient = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes.params)
+    into_host = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(shapes), None))
+    return jax.jit(copy).lower(shapes.params), into_host.lower(shapes, gradient)
