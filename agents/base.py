@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bpt_rl.types import PackedBatch
+from bpt_rl.types import PackedBatch, Transition
 
 Params = Any
 """Pytree of float32 arrays."""
@@ -65,3 +65,30 @@ class Agent(Protocol):
         Raises:
           ValueError: If actions are to be drawn and the agent has no Gaussian head.
         """
+
+
+@runtime_checkable
+class Explorer(Protocol):
+    """An intrinsic reward, the networks behind it, and the skills that a policy may follow for it.
+
+    It holds configuration only; what it learns lies in a state, a pytree of arrays that travels through `jit` and
+    `lax.scan`. `bpt_rl.agents.ddpg` learns a policy from the reward; nothing of a task's reward is ever seen.
+    """
+
+    skill_dim: int
+    """Z, entries of a skill that actor and critic read beside the observation; 0 for none."""
+    skill_steps: int
+    """Steps that a skill is followed for; 0 for a whole episode."""
+    has_successor_features: bool
+    """Whether the critic predicts Z successor features, whose product with the skill is the value (APS)."""
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns the state before the first update."""
+
+    def draw_skills(self, state: Any, key: jax.Array, num_skills: int) -> Float[jax.Array, "N Z"]:
+        """Returns skills to follow, one a row; Z may be 0."""
+
+    def update(
+        self, state: Any, batch: Transition, key: jax.Array
+    ) -> tuple[Any, Float[jax.Array, "B"], dict[str, Float[jax.Array, ""]]]:
+        """Returns the state after one gradient step of its own networks, the batch's intrinsic rewards, and metrics."""

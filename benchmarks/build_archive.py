@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bpt_rl.config import CollectConfig
+from bpt_rl.collect_config import CollectConfig
 from bpt_rl.datasets import store_format
 from bpt_rl.datasets.episode_source import EpisodeSource
 from bpt_rl.envs import features, rewards

@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import BuildConfig, CollectConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bpt_rl.collect_config import CollectConfig
+from bpt_rl.config import BuildConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store

@@ -4,23 +4,13 @@ import dataclasses
 import os
 from typing import Literal
 
+from bpt_rl.collect_config import Algorithm, CollectConfig
+from bpt_rl.config_checks import not_negative, positive
+
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
-Algorithm = Literal["random", "ornstein_uhlenbeck"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 Place = Literal["auto", "accelerator", "host", "stream"]
-
-
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
-        if not getattr(owner, name) > 0:  # so that NaN fails too
-            raise ValueError(f"{name} must be positive; got {getattr(owner, name)}. Choose a number above 0.")
-
-
-def _not_negative(owner: object, *names: str) -> None:
-    for name in names:
-        if not getattr(owner, name) >= 0:
-            raise ValueError(f"{name} must not be negative; got {getattr(owner, name)}. Choose 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +57,9 @@ class ModelConfig:
     """Type of activations and matrix products; parameters stay float32."""
 
     def __post_init__(self) -> None:
-        _positive(self, "embed_dim", "num_layers", "num_heads", "query_chunk_size", "key_chunk_size")
-        _positive(self, "feedforward_chunk_size")
-        _not_negative(self, "feedforward_dim", "episode_embedding")
+        positive(self, "embed_dim", "num_layers", "num_heads", "query_chunk_size", "key_chunk_size")
+        positive(self, "feedforward_chunk_size")
+        not_negative(self, "feedforward_dim", "episode_embedding")
         if self.embed_dim % (2 * self.num_heads):
             raise ValueError(
                 f"embed_dim must be a multiple of 2 * num_heads, since rotary positions turn pairs; got "
@@ -128,8 +118,8 @@ class DataConfig:
     """Where episodes are kept: on the accelerator, in host memory, or in the store and streamed; auto goes by size."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_trajectories", "batch_size")
-        _not_negative(self, "window", "context_length")
+        positive(self, "num_trajectories", "batch_size")
+        not_negative(self, "window", "context_length")
         if not 0 < self.top_fraction <= 1:
             raise ValueError(f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 1 keeps all.")
 
@@ -156,8 +146,8 @@ class OptimizerConfig:
     Equal but for rounding."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
-        _not_negative(self, "final_learning_rate", "weight_decay")
+        positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
+        not_negative(self, "final_learning_rate", "weight_decay")
         if not 0 <= self.warmup_steps < self.num_steps:
             raise ValueError(
                 f"warmup_steps must be smaller than num_steps; got {self.warmup_steps} and {self.num_steps}. "
@@ -191,8 +181,8 @@ class TrainConfig:
     """Where metrics go beside metrics.jsonl; each needs its extra installed."""
 
     def __post_init__(self) -> None:
-        _positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
-        _not_negative(self, "seed")
+        positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        not_negative(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +199,7 @@ class PlanConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _not_negative(self, "tokens", "host_gib")
+        not_negative(self, "tokens", "host_gib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,39 +227,10 @@ class EvaluateConfig:
     """Also roll out uniform-random actions."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_chains", "target_multiple")
-        _not_negative(self, "num_episodes", "num_workers", "seed")
+        positive(self, "num_chains", "target_multiple")
+        not_negative(self, "num_episodes", "num_workers", "seed")
         if not 0 <= self.target_quantile <= 1:
             raise ValueError(f"target_quantile must lie in [0, 1]; got {self.target_quantile}. 0.9 is usual.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectConfig:
-    """Recording exploratory episodes in ExoRL's layout."""
-
-    task: str = "walker_run"
-    """Task whose environment, start states and stored reward are used."""
-    algorithm: Algorithm = "ornstein_uhlenbeck"
-    """Uniform noise, or noise correlated in time."""
-    num_steps: int = 100_000
-    """Simulator control steps in all; rounded up to whole episodes."""
-    action_repeat: int = 1
-    """Control steps an action is held for. Every control step is recorded all the same."""
-    noise_decay: float = 0.15
-    """Ornstein-Uhlenbeck: share of the noise forgotten at each action, in (0, 1]."""
-    noise_scale: float = 1.0
-    """Ornstein-Uhlenbeck: standard deviation of the stationary noise, before clipping to [-1, 1]."""
-    seed: int = 0
-    num_workers: int = 0
-    """Simulator processes; 0 means one a core."""
-    out: str = "data/exorl"
-    """Folder that receives {domain}/{algorithm}/buffer/episode_*.npz."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "num_steps", "action_repeat", "noise_scale")
-        _not_negative(self, "num_workers", "seed")
-        if not 0 < self.noise_decay <= 1:
-            raise ValueError(f"noise_decay must lie in (0, 1]; got {self.noise_decay}. 1 is white noise.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,8 +249,8 @@ class DownloadConfig:
     """Seconds without a byte after which a try has failed."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_tries", "timeout")
-        _not_negative(self, "first_wait")
+        positive(self, "num_tries", "timeout")
+        not_negative(self, "first_wait")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,8 +275,8 @@ class BuildConfig:
     """Relabelling processes; 0 means one a core."""
 
     def __post_init__(self) -> None:
-        _positive(self, "action_repeat")
-        _not_negative(self, "num_workers")
+        positive(self, "action_repeat")
+        not_negative(self, "num_workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

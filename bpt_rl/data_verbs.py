@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bpt_rl import collect_config
 from bpt_rl import config as config_lib
 from bpt_rl.command import Call, Nothing, Verb, parse, split
 
 
 def _collect(call: Call) -> None:
-    config = parse(config_lib.CollectConfig, call, call.arguments)
+    config = parse(collect_config.CollectConfig, call, call.arguments)
     from bpt_rl.run.collect import collect
     from bpt_rl.run.console import Stages
 

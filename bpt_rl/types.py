@@ -6,6 +6,7 @@ Axis letters, used in every annotation and as suffixes inside maths:
   N  trajectories of a chain               O  observation         A  action
   P  physics (qpos, qvel)                  R  stored reward columns
   F  physical features                     E  episodes of a store
+  Z  entries of a skill
 
 `T1` stands for T+1: ExoRL's row 0 is the dummy reset row (zero action, zero reward), and transition
 t = 1..T is (observation[t-1], action[t], reward[t], discount[t], observation[t]).
@@ -49,6 +50,20 @@ class Trajectory:
     def num_steps(self) -> int:
         """T: transitions, without the dummy row."""
         return len(self.observation) - 1
+
+
+class Transition(NamedTuple):
+    """A batch of n-step transitions that an explorer learns from; a pytree."""
+
+    observation: Float[Any, "B O"]
+    action: Float[Any, "B A"]
+    """In [-1, 1]; the first of the n."""
+    discount: Float[Any, "B"]
+    """Of the value of `next_observation`: the discount factor to the power n."""
+    next_observation: Float[Any, "B O"]
+    """After n steps."""
+    skill: Float[Any, "B Z"]
+    """That the policy followed at the first of the steps; Z is 0 for an explorer without skills."""
 
 
 class PackedBatch(NamedTuple):

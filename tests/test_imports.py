@@ -12,6 +12,8 @@ ROOMS = {
     "config": 0,
     "config_toml": 0,
     "bench_config": 0,
+    "collect_config": 0,
+    "config_checks": 0,
     "envs": 1,
     "datasets": 2,
     "nn": 3,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from bpt_rl import config_toml
 from bpt_rl.agents.ornstein_uhlenbeck import OrnsteinUhlenbeckPolicy
 from bpt_rl.agents.random import RandomPolicy
-from bpt_rl.config import CollectConfig
+from bpt_rl.collect_config import CollectConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.envs import processes, tasks
 from bpt_rl.run import records

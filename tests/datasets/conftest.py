@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from bpt_rl.config import BuildConfig, CollectConfig, DownloadConfig
+from bpt_rl.collect_config import CollectConfig
+from bpt_rl.config import BuildConfig, DownloadConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.catalogue import Archive

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import BuildConfig, CollectConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bpt_rl.collect_config import CollectConfig
+from bpt_rl.config import BuildConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.checkpoint import Checkpoints

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bpt_rl.config import CollectConfig
+from bpt_rl.collect_config import CollectConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.envs import rewards, tasks
 from bpt_rl.run import collect as collect_lib
