@@ -122,7 +122,7 @@ BENCH_VERBS: Mapping[str, Verb] = {
     ),
     "bench plot": Verb(
         _plot,
-        "Draw the records of `bench context` in one picture: memory and time against context.",
+        "Draw records of `bench context` and `bench step` in one picture: memory and time against context.",
         "RECORD... [options]",
         "bpt-rl bench plot results/bench_context.json --out results/bench_context.png",
     ),

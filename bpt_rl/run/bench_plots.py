@@ -1,4 +1,4 @@
-"""A picture of what `bpt-rl bench context` measured: memory and step time against the context, on logarithmic axes."""
+"""A picture of what `bpt-rl bench context` and `step` measured: memory and step time against the context, log-log."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bpt_rl.run.bench_execution import GIB
+from bpt_rl.run.devices import H100
 
 Row = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def plot_contexts(records: Sequence[Path], out: Path) -> Path:
 
     Raises:
       FileNotFoundError: If there is no such record.
-      ValueError: If a file is no record of `bench context`, or they are of different models.
+      ValueError: If a file is no record of `bench context` or `bench step`, or they are of different models.
       OSError: If the picture cannot be written.
     """
     loaded = [_load(path) for path in records]
@@ -80,16 +81,54 @@ def plot_contexts(records: Sequence[Path], out: Path) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"A record must be a JSON file that `bpt-rl bench context` wrote; there is none at {path}. Name another."
+            f"A record must be a JSON file that `bpt-rl bench` wrote; there is none at {path}. Name another."
         )
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         bench = record["bench"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"A record must be JSON with a field bench; {path} is not. Name another.") from error
-    if bench != "context":
-        raise ValueError(f"A record must be of `bench context`; {path} is of {bench!r}. Name another.")
-    return record
+    if bench not in ("context", "step"):
+        raise ValueError(
+            f"A record must be of `bench context` or `bench step`; {path} is of {bench!r}. Name another."
+        )
+    return record if bench == "context" else record | {"rows": rows_of_steps(record)}
+
+
+def rows_of_steps(record: Mapping[str, Any]) -> Sequence[Row]:
+    """Returns the rows of a record of `bench step` as those of `bench context`.
+
+    Left out are forward passes alone, several rows a batch, and what failed to compile.
+    """
+    config = record["config"]
+    if config.get("forward_only"):
+        return []
+    limit = H100.memory if H100.name in record["device"] else None
+    model, is_moved = config["train"]["model"], config["train"]["optimizer"].get("place") == "host"
+    size = 2 if model["compute_dtype"] == "bfloat16" else 4
+    inputs = model["num_layers"] * model["embed_dim"] * size  # bytes a token
+    rows = []
+    for row in record["rows"]:
+        if row["num_rows"] > 1 or row["argument_bytes"] is None:
+            continue
+        num_bytes = row["argument_bytes"] + row["temporary_bytes"]
+        fits = limit is None or num_bytes <= limit
+        status = "executed" if row["step_seconds"] else "compiled" if fits else "does not fit"
+        is_paper = (row["implementation"], row["activations"]) == ("blockwise", "recompute")
+        rows.append(
+            {
+                "method": "bpt" if is_paper else row["activations"],
+                "tokens": row["tokens"],
+                "status": status,
+                "device_bytes": num_bytes,
+                "floor_bytes": None if is_moved else row["argument_bytes"] * 4 // 3 + inputs * row["tokens"],
+                "limit_bytes": limit,
+                "step_seconds": row["step_seconds"],
+                "expected_seconds": None,
+                "floor_seconds": row.get("floor_seconds"),
+            }
+        )
+    return rows
 
 
 def _check_one_subject(records: Sequence[Mapping[str, Any]]) -> str:
@@ -97,7 +136,7 @@ def _check_one_subject(records: Sequence[Mapping[str, Any]]) -> str:
     said = set()
     for record in records:
         config = record["config"]
-        model, vocabulary_size = config["train"]["model"], config["vocabulary_size"]
+        model, vocabulary_size = config["train"]["model"], config.get("vocabulary_size", 0)
         kind = f"language model, vocabulary of {vocabulary_size:,}" if vocabulary_size else model["layout"]
         said.add(
             f"{model['num_layers']} layers of width {model['embed_dim']}, {model['num_heads']} heads, "
@@ -128,11 +167,11 @@ def _draw_memory(axes: Axes, methods: Mapping[str, Sequence[Row]]) -> None:
             (row["tokens"], row["device_bytes"] / GIB, row["status"]) for row in own if row["device_bytes"]
         ]
         _draw_method(axes, method, points)
-    floors = {row["tokens"]: row["floor_bytes"] / GIB for row in rows}
+    floors = {row["tokens"]: row["floor_bytes"] / GIB for row in rows if row["floor_bytes"]}
     _draw_floor(axes, floors, "floor: state, its gradient and the layers' inputs")
-    for limit in {row["limit_bytes"] for row in rows}:
+    for limit in {row["limit_bytes"] for row in rows} - {None}:
         axes.axhline(limit / GIB, color=_INK, linewidth=1.1, label=f"the device has {limit / GIB:.1f} GiB")
-    _dress(axes, sorted(floors), "memory of the device, GiB, as compiled")
+    _dress(axes, sorted({row["tokens"] for row in rows}), "memory of the device, GiB, as compiled")
 
 
 def _draw_time(axes: Axes, methods: Mapping[str, Sequence[Row]]) -> None:

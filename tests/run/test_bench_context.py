@@ -166,6 +166,35 @@ def test_of_two_rows_about_the_same_the_one_that_knows_more_is_drawn():
     assert bench_plots.best_rows(rows) == {"full": [rows[5]], "bpt": [later, long], "recompute": [rows[0]]}
 
 
+def test_steps_are_drawn_as_the_methods_that_they_are():
+    def step(implementation, activations, seconds, argument, **fields):
+        row = {"tokens": 64, "implementation": implementation, "activations": activations, "num_rows": 1}
+        return row | {"argument_bytes": argument, "temporary_bytes": 2**36, "step_seconds": seconds} | fields
+
+    steps = [
+        step("auto", "save_attention", 1.5, 600, floor_seconds=1.0),
+        step("blockwise", "recompute", 9.0, 600),
+        step("auto", "offload", None, 600),
+        step("auto", "recompute", None, 2**34),
+        step("auto", "keep", None, None),
+        step("auto", "recompute", 1.0, 600, num_rows=2),
+    ]
+    train = {"model": dataclasses.asdict(MODEL), "optimizer": {"place": "device"}}
+    made = {"device": "NVIDIA H100 80GB HBM3 (gpu)", "config": {"train": train}, "rows": steps}
+    rows = bench_plots.rows_of_steps(made)
+    assert [(r["method"], r["status"], r["step_seconds"]) for r in rows] == [
+        ("save_attention", "executed", 1.5),
+        ("bpt", "executed", 9.0),
+        ("offload", "compiled", None),
+        # 80 GiB, where JAX has 75.7.
+        ("recompute", "does not fit", None),
+    ]
+    # Two layers of width 8, float32; the gradient is a third of parameters and both moments.
+    assert rows[0]["floor_bytes"] == 600 + 200 + 2 * 8 * 4 * 64
+    assert rows[0]["floor_seconds"] == 1.0
+    assert bench_plots.rows_of_steps(made | {"config": {"train": train, "forward_only": True}}) == []
+
+
 def test_records_of_several_runs_become_one_picture(tmp_path, capsys):
     paths = [
         record(tmp_path, "a.json", [row("bpt", 64, "executed", step_seconds=1.0, device_bytes=2**22)]),
@@ -197,7 +226,7 @@ def test_records_of_several_runs_become_one_picture(tmp_path, capsys):
         ("bench context at_paper --tokens 8 10", "multiple of the layout's tokens a step; got 10 and 4"),
         (
             BENCH_VERBS["bench plot"].example.removeprefix("bpt-rl "),
-            "must be a JSON file that `bpt-rl bench context` wrote; there is none at results/bench_context.json",
+            "must be a JSON file that `bpt-rl bench` wrote; there is none at results/bench_context.json",
         ),
         ("bench plot", "`bpt-rl bench plot` needs a record"),
     ],
@@ -214,7 +243,7 @@ def test_what_cannot_be_measured_or_drawn_is_refused(line, message, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[]", "JSON with a field bench"), ('{"bench": "step"}', "'step'")]
+    ("content", "message"), [("[]", "JSON with a field bench"), ('{"bench": "decode"}', "'decode'")]
 )
 def test_what_is_no_record_of_contexts_is_not_drawn(content, message, tmp_path):
     path = tmp_path / "record.json"
