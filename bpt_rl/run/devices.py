@@ -9,12 +9,14 @@ from bpt_rl.datasets import capacity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Operations a second of a card's kernels."""
+    """Operations a second of a card's kernels, and bytes a second between it and its host."""
 
     attention: float
     """cuDNN's causal attention, heads of 128, two products forward and five backward, of the causal half."""
     matrices: float
     """A large bfloat16 matrix product."""
+    host: float
+    """Bytes of activations moved there and back, by the seconds that a step takes longer for it: they hide in part."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ H100 = Device(
     name="NVIDIA H100 80GB HBM3",
     # 81,559 MiB as nvidia-smi counts them, at XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
     memory=int(0.95 * 81_559 * 2**20),
-    # Measured by this project on one card; attention at 131,072 tokens.
-    rates=Rates(attention=564e12, matrices=790e12),
+    # Measured by this project on one card; attention at 131,072 tokens, transfers in steps of 32,768 and 131,072.
+    rates=Rates(attention=564e12, matrices=790e12, host=75e9),
 )
 
 

@@ -48,9 +48,9 @@ class Level:
     memory: MemoryPlan
     flops: Flops
     seconds: float | None
-    """Of a step whose attention and matrix products run at their kernels' rates and which does nothing else. Measured
-    on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer, those of 32,768 23 to 30%. None if no rates
-    were measured."""
+    """Of a step whose attention, matrix products and transfers to the host and back run at their own rates, one after
+    another, and which does nothing else. Measured on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer,
+    those of 32,768 20 to 30%. None if no rates were measured."""
     longest_context: int
     """Tokens of one row that fit the device."""
 
@@ -64,7 +64,8 @@ class Plan:
     rows: Rows
     workload: Workload
     levels: tuple[Level, ...]
-    """Fastest first; those that move what is kept to the host only where it has a memory of its own."""
+    """Fastest first, by seconds or, without them, by what is computed again; those that move what is kept to the host
+    only where it has a memory of its own."""
     reason_without_seconds: str
     """Empty if steps are timed."""
 
@@ -135,8 +136,6 @@ def rows_of_task(config: PlanConfig) -> Rows:
 def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters: int | None = None) -> Plan:
     """Returns what a training step on such rows needs of a device, at each level of `model.activations`.
 
-    Seconds of levels in the host's memory leave out the transfers, which are to hide behind the attention.
-
     Args:
       config: Of the run.
       rows: Of a micro-batch.
@@ -153,13 +152,13 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     for activations in LEVELS:
         if activations in left_out:
             continue
-        flops = count_flops(workload, activations)
+        flops, memory = count_flops(workload, activations), plan_memory(workload, activations)
         levels.append(
             Level(
                 activations=activations,
-                memory=plan_memory(workload, activations),
+                memory=memory,
                 flops=flops,
-                seconds=_seconds(device, workload, flops),
+                seconds=_seconds(device, workload, flops, memory),
                 longest_context=longest_context(
                     workload, activations, device.memory, host_memory=device.host_memory
                 ),
@@ -170,7 +169,7 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
         device=device,
         rows=rows,
         workload=workload,
-        levels=tuple(levels),
+        levels=tuple(sorted(levels, key=lambda level: level.seconds or 0)),
         reason_without_seconds=_reason_without_seconds(device, workload),
     )
 
@@ -211,10 +210,14 @@ def _implementation(config: TrainConfig, rows: Rows, device: Device) -> Literal[
     return "cudnn" if implementation == "cudnn" else "blockwise"
 
 
-def _seconds(device: Device, workload: Workload, flops: Flops) -> float | None:
+def _seconds(device: Device, workload: Workload, flops: Flops, memory: MemoryPlan) -> float | None:
     if device.rates is None or workload.implementation == "blockwise":
         return None
-    return flops.attention / device.rates.attention + flops.matrices / device.rates.matrices
+    computed = flops.attention / device.rates.attention + flops.matrices / device.rates.matrices
+    moments = 2 * memory.parameters * workload.optimizer_in_host
+    # There and back, for each micro-batch.
+    moved = 2 * workload.accumulation * (memory.host - moments)
+    return computed + moved / device.rates.host
 
 
 def _reason_without_seconds(device: Device, workload: Workload) -> str:
