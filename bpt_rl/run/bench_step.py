@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import jax
+
 from bpt_rl.bench_config import StepBenchConfig
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import Implementation, ModelConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import domain_of
+from bpt_rl.nn.attention import chosen_implementation, cudnn_obstacle
 from bpt_rl.run.bench_execution import (
     MEASURED_COLUMNS,
     Measured,
@@ -82,7 +85,11 @@ def measure_steps(config: StepBenchConfig) -> Iterator[StepRow]:
 def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: KernelTimes) -> StepRow:
     try:
         subject = agent_subject(train, row.tokens, row.num_rows)
-        row = dataclasses.replace(row, activations=subject.train.model.activations)
+        row = dataclasses.replace(
+            row,
+            activations=subject.train.model.activations,
+            implementation=_implementation(subject.train.model),
+        )
         row, program = measure_compiling(row, subject, forward_only=config.forward_only)
         if not config.compile_only:
             row = measure_running(
@@ -98,3 +105,14 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: K
     except FAILURES as error:
         return dataclasses.replace(row, failure=failure_of(error))
     return row
+
+
+def _implementation(model: ModelConfig) -> Implementation:
+    """Returns the attention that runs on this device where each row is one chain."""
+    obstacle = cudnn_obstacle(
+        device_kind=jax.devices()[0].device_kind,
+        dtype=model.compute_dtype,
+        head_dim=model.embed_dim // model.num_heads,
+        has_segments=False,
+    )
+    return chosen_implementation(model.implementation, obstacle)
