@@ -19,7 +19,7 @@ class RunningMoments(NamedTuple):
 
     mean: Float[jax.Array, "*shape"]
     variance: Float[jax.Array, "*shape"]
-    count: Float[jax.Array, ""]
+    num_values: Float[jax.Array, ""]
 
     @classmethod
     def create(cls, shape: tuple[int, ...] = ()) -> "RunningMoments":
@@ -28,14 +28,14 @@ class RunningMoments(NamedTuple):
 
     def update(self, x: Float[jax.Array, "B *shape"]) -> "RunningMoments":
         """Returns the moments with B more values; a lone value has variance 0."""
-        num_values = len(x)
+        B = len(x)
         delta = x.mean(axis=0) - self.mean
-        variance = x.var(axis=0) * (num_values / max(num_values - 1, 1))
-        count = self.count + num_values
+        variance = x.var(axis=0) * (B / max(B - 1, 1))
+        num_values = self.num_values + B
         # Not 1 minus the other: that would round to 0 at first.
-        old_share, new_share = self.count / count, num_values / count
+        old_share, new_share = self.num_values / num_values, B / num_values
         return RunningMoments(
             self.mean + new_share * delta,
             old_share * self.variance + new_share * variance + old_share * new_share * jnp.square(delta),
-            count,
+            num_values,
         )
