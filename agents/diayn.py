@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
@@ -65,7 +66,7 @@ class Diayn:
             return logs
 
         def loss_of(discriminator: Perceptron) -> jax.Array:
-            return -(batch.skill * log_probabilities(discriminator)).sum(axis=-1).mean()
+            return -jnp.sum(batch.skill * log_probabilities(discriminator), axis=-1).mean()
 
         loss, gradient = jax.value_and_grad(loss_of)(state.discriminator)
         updates, optimizer = self._optimizer.update(gradient, state.optimizer)
