@@ -33,7 +33,7 @@ class Aps:
     skill w drawn uniformly from the unit sphere of 10 dimensions. The features learn to maximise the second term; the
     critic predicts their successor features, whose product with w is the value.
 
-    Source: Liu and Abbeel 2021 (APS: Active Pretraining with Successor Features), equations 6 to 8; URLB's settings,
+    Source: Liu and Abbeel 2021 (APS: Active Pretraining with Successor Features); URLB's settings,
     where a skill is followed for 5 steps. Distances are those of features before they are scaled to length 1, and a
     particle counts as one of its own neighbours, as in URLB.
     """

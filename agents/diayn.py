@@ -29,7 +29,7 @@ class Diayn:
 
     reward = log q(z | s') + log 16, for one of 16 skills z, drawn uniformly and given to actor and critic one-hot.
 
-    Source: Eysenbach et al. 2019 (Diversity is All You Need), equation 3; URLB's settings, where a skill is followed
+    Source: Eysenbach et al. 2019 (Diversity is All You Need), section 3; URLB's settings, where a skill is followed
     for 50 steps instead of an episode and the entropy bonus for actions is left to the learner's noise.
     """
 

@@ -29,7 +29,7 @@ class Disagreement:
     reward = variance over the models of the predicted next observation, mean over its entries; the variance is the
     unbiased one.
 
-    Source: Pathak et al. 2019 (Self-Supervised Exploration via Disagreement), section 3; URLB's settings. As in URLB
+    Source: Pathak et al. 2019 (Self-Supervised Exploration via Disagreement); URLB's settings. As in URLB
     all models learn from the same batches and differ by their first parameters alone, plain observations stand for
     features, lengths of errors are minimised, not their squares, and the next observation lies n steps later.
     """

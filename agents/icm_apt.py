@@ -49,7 +49,7 @@ class IcmApt:
 
     reward = log(1 + mean distance of f(s) to its 12 nearest neighbours in the batch), over 512 features f.
 
-    Source: Liu and Abbeel 2021 (Behavior From the Void), equation 5; features after Pathak et al. 2017, section 2, as
+    Source: Liu and Abbeel 2021 (Behavior From the Void); features after Pathak et al. 2017, section 2, as
     in URLB's `icm_apt`, with its settings: lengths of errors, not their squares, are minimised, gradients pass through
     the features that are to be predicted as well, and the reward is that of the transition's first observation.
     """

@@ -68,7 +68,7 @@ class Proto:
     reward = distance of f(s') to the third nearest of 2048 candidates. At each update every prototype draws one
     candidate from the batch, with probabilities softmax over the batch of its products with f(s'); f has length 1.
 
-    Source: Yarats et al. 2021 (Reinforcement Learning with Prototypical Representations), section 3; URLB's settings.
+    Source: Yarats et al. 2021 (Reinforcement Learning with Prototypical Representations); URLB's settings.
     As in URLB candidates are drawn without the temperature, an observation may be its own neighbour, the queue is
     filled with zeros at first, and actor and critic read plain observations.
     """

@@ -57,7 +57,7 @@ class Smm:
     reward = |(s, z) - decoded(s, z)|^2 + log q(z | s) + log 4, for one of 4 skills z, drawn uniformly and followed for
     an episode. The squared error of a variational autoencoder stands for -log density of s under z, up to scale.
 
-    Source: Lee et al. 2019 (Efficient Exploration via State Marginal Matching), section 3.2, for a uniform target;
+    Source: Lee et al. 2019 (Efficient Exploration via State Marginal Matching), for a uniform target;
     URLB's settings. The sign of log q(z | s) is the paper's: URLB's code adds the discriminator's cross-entropy, which
     pays for skills that cannot be told apart. As in URLB both networks' outputs before their step make the reward,
     and the autoencoder's error is a mean over entries in its loss, a sum in the reward.

@@ -24,7 +24,7 @@ def particle_entropy(
       particles: At least 2. All are neighbours where there are fewer than `NUM_NEIGHBOURS`.
       moments: Of the distances; from `RunningMoments.create()`.
 
-    Source: Liu and Abbeel 2021 (Behavior From the Void), equation 5; URLB's settings, by which a particle counts as one
+    Source: Liu and Abbeel 2021 (Behavior From the Void); URLB's settings, by which a particle counts as one
     of its own neighbours.
     """
     distances = nearest_distances(particles, particles, min(NUM_NEIGHBOURS, len(particles)))
