@@ -13,13 +13,38 @@ from bpt_rl.command import Call, Nothing, Verb, parse, split
 
 
 def _collect(call: Call) -> None:
-    config = parse(collect_config.CollectConfig, call, call.arguments)
+    domains = list(itertools.takewhile(lambda argument: not argument.startswith("-"), call.arguments))
+    if len(domains) > 1:
+        raise ValueError(
+            f"`bpt-rl {call.name}` takes one domain at most; got {' '.join(domains)}. Example: {call.verb.example}"
+        )
+    config = parse(
+        collect_config.CollectConfig, call, call.arguments[len(domains) :], _collect_default(domains)
+    )
+    _require_task_of(domains, config.task)
     from bpt_rl.run.collect import collect
     from bpt_rl.run.console import Stages
 
     with Stages(1) as stages, stages.stage(f"collect {config.task}") as advance:
         folder = collect(config, advance)
     print(f"Episodes: {folder}")
+
+
+def _collect_default(domains: list[str]) -> collect_config.CollectConfig:
+    if not domains:
+        return collect_config.CollectConfig()
+    from bpt_rl.envs import tasks
+
+    return collect_config.CollectConfig(task=tasks.tasks_of(domains[0])[0])
+
+
+def _require_task_of(domains: list[str], task: str) -> None:
+    from bpt_rl.envs import tasks
+
+    if domains and tasks.domain_of(task) != domains[0]:
+        raise ValueError(
+            f"The task must be one of the domain; got {domains[0]} and {task}. Leave one of them out."
+        )
 
 
 def _list(call: Call) -> None:
@@ -81,15 +106,43 @@ def _export(call: Call) -> None:
 
 
 def _info(call: Call) -> None:
-    paths, options = split(call, "the path of a store")
+    paths, options = split(call, "the path of a store, or of a folder or zip of episodes")
     config = parse(InfoOptions, call, options)
-    from bpt_rl.datasets.description import describe
-    from bpt_rl.run.data_plots import plot_store
+    from bpt_rl.datasets import comparison
+    from bpt_rl.datasets.description import describe, describe_survey
+    from bpt_rl.datasets.survey import identify, survey
+    from bpt_rl.run import data_plots
+    from bpt_rl.run.console import Stages
 
-    for path in map(Path, paths):
-        print(json.dumps(describe(path), indent=1))
+    datasets = [identify(path, config.domain) for path in paths]
+    picture = Path(config.plot_out or _beside(Path(paths[0]), is_only=len(paths) == 1))
+    if len(paths) == 1 and datasets[0].is_store:
+        print(json.dumps(describe(paths[0]), indent=1))
         if config.plot:
-            print(f"Plot: {plot_store(path, path.with_suffix('.png'))}", file=sys.stderr)
+            print(f"Plot: {data_plots.plot_store(Path(paths[0]), picture)}", file=sys.stderr)
+        return
+    if len(paths) > 1:
+        comparison.check_comparable(datasets, config.against)
+    surveys = []
+    with Stages(len(paths)) as stages:
+        for dataset in datasets:
+            with stages.stage(f"read {dataset.path}") as advance:
+                surveys.append(survey(dataset, num_workers=config.num_workers, report_progress=advance))
+    if len(paths) == 1:
+        print(json.dumps(describe_survey(surveys[0]), indent=1))
+    else:
+        compared = comparison.compare(surveys, config.against)
+        print(json.dumps(compared, indent=1) if config.json else comparison.comparison_text(compared))
+    if config.plot:
+        print(f"Plot: {data_plots.plot_surveys(surveys, picture)}", file=sys.stderr)
+
+
+def _beside(dataset: Path, *, is_only: bool) -> Path:
+    """Returns a PNG beside a dataset, and never among the episodes of a buffer."""
+    dataset = dataset.parent if dataset.absolute().name == "buffer" else dataset
+    if not is_only:
+        return dataset.with_name("comparison.png")
+    return dataset.with_name(f"{dataset.name}.png") if dataset.is_dir() else dataset.with_suffix(".png")
 
 
 def _verify(call: Call) -> None:
@@ -124,7 +177,17 @@ class InfoOptions:
     """Options of `bpt-rl data info`."""
 
     plot: bool = True
-    """Also draw the returns of each task and the states visited, as a PNG beside the store."""
+    """Also draw the returns of each task and the states visited, as a PNG."""
+    plot_out: str = ""
+    """The PNG; by default beside the dataset, of several comparison.png beside the first."""
+    json: bool = False
+    """Print the comparison of several datasets as JSON in place of tables; one dataset always is."""
+    against: str = "random"
+    """Dataset of several that differences are shown to, as the table names it."""
+    domain: str = ""
+    """Simulated body of folders or zips of episodes, if their paths do not say it."""
+    num_workers: int = 0
+    """Processes that relabel folders and zips; 0 means one a core."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,8 +216,8 @@ DATA_VERBS: Mapping[str, Verb] = {
     "data collect": Verb(
         _collect,
         "Explore and record episodes in ExoRL's layout.",
-        "[options]",
-        "bpt-rl data collect --task walker_run --num-steps 100_000 --out data/exorl",
+        "[DOMAIN] [options]",
+        "bpt-rl data collect walker --algorithm rnd --num-steps 1_000_000 --out data/exorl",
     ),
     "data build": Verb(
         _build,
@@ -170,9 +233,9 @@ DATA_VERBS: Mapping[str, Verb] = {
     ),
     "data info": Verb(
         _info,
-        "Describe a store, and draw its returns and states.",
-        "STORE",
-        "bpt-rl data info data/walker.h5",
+        "Describe a dataset, or compare several of one domain: states covered, returns of episodes; and draw them.",
+        "PATH... [options]",
+        "bpt-rl data info data/exorl/walker/random data/exorl/walker/rnd.zip data/walker.h5",
     ),
     "data verify": Verb(
         _verify,

@@ -130,7 +130,7 @@ def domain_and_tasks(config: BuildConfig) -> tuple[str, tuple[str, ...]]:
             "Build a store for each."
         )
     if not named:
-        named = {domain for source in config.source if (domain := _domain_on_path(source))}
+        named = {domain for source in config.source if (domain := domain_on_path(source))}
     if len(named) != 1:
         raise ValueError(
             f"A store must have one domain; {', '.join(config.source)} says {', '.join(sorted(named)) or 'none'}. "
@@ -151,7 +151,8 @@ def _stored_name(task: str) -> str:
     return reward_function.task if reward_function else task
 
 
-def _domain_on_path(source: str) -> str | None:
+def domain_on_path(source: str) -> str | None:
+    """Returns the last part of a source's path that names a domain, None if none does."""
     path = Path(source).absolute()
     on_path = [part for part in [*path.parts, path.stem] if part in tasks.DOMAINS]
     return on_path[-1] if on_path else None
@@ -180,7 +181,7 @@ def _plan(
     return StorePlan(
         out=Path(config.out),
         domain=domain,
-        source=" + ".join(dict.fromkeys(_source_name(source, domain) for source in config.source)),
+        source=" + ".join(dict.fromkeys(source_name(source, domain) for source in config.source)),
         subset=config.subset,
         tasks=task_names,
         action_repeat=config.action_repeat,
@@ -227,10 +228,10 @@ def _reward(
 
 
 def _episode_name(member: Member, domain: str) -> str:
-    return f"{_source_name(member.source, domain)}/{member.name.rpartition('/')[2]}"
+    return f"{source_name(member.source, domain)}/{member.name.rpartition('/')[2]}"
 
 
-def _source_name(source: str, domain: str) -> str:
+def source_name(source: str, domain: str) -> str:
     """Returns like "walker/rnd": domain and collector, whatever folders lie around them."""
     path = Path(source).absolute()
     collector = path.parent.name if path.name == "buffer" else path.name.removesuffix(".zip")

@@ -1,4 +1,4 @@
-"""What a store holds, in plain values."""
+"""What a dataset holds, in plain values."""
 
 import os
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bpt_rl.datasets import coverage
 from bpt_rl.datasets.store import Store
 from bpt_rl.datasets.store_format import FORMAT_VERSION
+from bpt_rl.datasets.survey import Survey, drawn_states
 
 SAMPLE_ROWS = 200_000
 """Rows that describe the states visited; of a larger store, an even spread of its episodes."""
@@ -16,7 +18,8 @@ SAMPLE_ROWS = 200_000
 def describe(path_or_store: str | os.PathLike[str] | Store) -> dict[str, Any]:
     """Returns what `bpt-rl data info` shows: plain values, returns summarised for each task.
 
-    `features` tells how far the states spread: quantiles of every physical feature.
+    `features` tells how far the states spread: quantiles of every physical feature; `coverage` the same in one
+    number (`bpt_rl.datasets.coverage`), None where the domain has no features or the states are too few.
     """
     if not isinstance(path_or_store, Store):
         with Store.open(path_or_store) as store:
@@ -38,9 +41,33 @@ def describe(path_or_store: str | os.PathLike[str] | Store) -> dict[str, Any]:
         "action_dim": store.action_dim,
         "returns": {task: _summary(store.returns(task)) for task in store.tasks},
         "features": {name: _spread(values) for name, values in visited_features(store).items()},
+        "coverage": _coverage(store.domain, store.feature_names, drawn_states(store)),
         "digest": store.digest,
         "format_version": FORMAT_VERSION,
         "versions": store.versions,
+    }
+
+
+def describe_survey(survey: Survey, num_states: int | None = None) -> dict[str, Any]:
+    """Returns what `bpt-rl data info` shows of episodes that are in no store, or of one dataset among several.
+
+    Args:
+      survey: Of the dataset.
+      num_states: States that its coverage is measured with; None for all that were drawn.
+    """
+    features = zip(survey.feature_names, survey.states.T, strict=True)
+    return {
+        "path": survey.dataset.path,
+        "domain": survey.dataset.domain,
+        "source": survey.dataset.source,
+        "subset": survey.subset,
+        "action_repeat": survey.action_repeat,
+        "num_episodes": len(survey.num_steps),
+        "num_steps": int(survey.num_steps.sum()),
+        "episode_steps": [int(survey.num_steps.min()), int(survey.num_steps.max())],
+        "returns": {task: _summary(returns) for task, returns in survey.returns.items()},
+        "features": {name: _spread(values) for name, values in features},
+        "coverage": _coverage(survey.dataset.domain, survey.feature_names, survey.states[:num_states]),
     }
 
 
@@ -53,6 +80,14 @@ def visited_features(store: Store) -> dict[str, Float[np.ndarray, "_"]]:
         [store.block(("features",), i, i + 1)["features"][0, : num_steps[i] + 1] for i in episodes.tolist()]
     )
     return dict(zip(store.feature_names, rows.T, strict=True))
+
+
+def _coverage(domain: str, names: tuple[str, ...], states: Float[np.ndarray, "M F"]) -> dict[str, Any] | None:
+    nats = coverage.coverage(domain, states)
+    if nats is None:
+        return None
+    scales = dict(zip(names, coverage.SCALES[domain], strict=True))
+    return {"nats": nats, "num_states": len(states), "scales": scales}
 
 
 def _summary(returns: Float[np.ndarray, "E"]) -> dict[str, float]:
