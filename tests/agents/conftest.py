@@ -56,8 +56,9 @@ def step(name):
 
 @functools.cache
 def compiled_draw(name):
+    state = start(name)
     return jax.jit(
-        lambda number: explorer(name).draw_skills(start(name), jax.random.key(number), 4096),
+        lambda number: explorer(name).draw_skills(state, jax.random.key(number), 4096),
         compiler_options=QUICK,
     )
 
