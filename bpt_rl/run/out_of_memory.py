@@ -14,6 +14,9 @@ from bpt_rl.run.ways_out import ways_out
 SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "Out of memory")
 """What XLA's errors hold when memory ran out."""
 
+FAR_BEYOND = 1.5
+"""Times the memory there is: what is planned to take more is not begun, for plans are not that wrong."""
+
 MARGIN = 0.9
 """Share of the memory that ways out may take by the plan, which was wrong once."""
 
@@ -30,6 +33,23 @@ class MemoryWatch:
     """Of the run, `model.activations` resolved."""
     rows: Rows
     device: Device
+
+    def refuse_what_is_far_beyond(self) -> None:
+        """Refuses a run whose plan is far beyond the device: a processor out of memory kills without a word.
+
+        Raises:
+          OutOfMemoryError: If it is.
+        """
+        if self.config.agent == "bc" or self.config.model.implementation == "reference":
+            return
+        plan = plan_step(self.config, self.rows, self.device)
+        level = plan.level(self.config.model.activations) or plan.leanest
+        if level.memory.device > FAR_BEYOND * self.device.memory:
+            raise OutOfMemoryError(
+                f"A training step must fit its device; by the plan one with activations {level.activations} takes "
+                f"{size(level.memory.device)}, and {self.device.name} has {size(self.device.memory)}. "
+                f"Ways out:{ways_out(plan, level, int(MARGIN * self.device.memory))}"
+            )
 
     @contextlib.contextmanager
     def over(self, stage: str) -> Iterator[None]:

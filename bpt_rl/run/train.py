@@ -95,9 +95,10 @@ def train(
         choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(folder))
         resolved = choice.applied(config)
         agent = make_agent(resolved, statistics)
+        watch = MemoryWatch(config=resolved, rows=rows, device=device)
+        watch.refuse_what_is_far_beyond()
         saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
         _check_continuation(config, folder, store.digest, saved.latest_step)
-        watch = MemoryWatch(config=resolved, rows=rows, device=device)
         start = saved.latest_step or 0
         with watch.over("making the parameters"):
             state = _state_at(start, agent, config, saved)

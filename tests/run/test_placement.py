@@ -111,15 +111,10 @@ def test_auto_takes_what_the_run_began_with_and_ends_with_the_same_bits(
     assert_same_bits(read_state(folder), read_state(trained))
 
 
-@pytest.mark.parametrize(
-    ("free", "said"),
-    [
-        (8 * 2**30 + 5, r"Activations: keep, \d\.\d MiB of 8\.0 GiB planned\."),
-        (20_000, r"Activations: recompute, 0\.\d MiB of 0\.0 MiB planned: by the plan it may not fit\."),
-    ],
-)
-def test_auto_is_planned_for_the_rows_of_the_store_and_announced(free, said, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(capacity, "measure", lambda: capacity.Capacity(accelerator=None, host=free))
+def test_auto_is_planned_for_the_rows_of_the_store_and_announced(tiny, tmp_path, monkeypatch):
+    room = capacity.Capacity(accelerator=None, host=8 * 2**30 + 5)
+    monkeypatch.setattr(capacity, "measure", lambda: room)
+    said = r"Activations: keep, \d\.\d MiB of 8\.0 GiB planned\."
 
     def stop(line):
         if line.startswith("Activations"):
@@ -127,6 +122,24 @@ def test_auto_is_planned_for_the_rows_of_the_store_and_announced(free, said, tin
 
     with pytest.raises(InterruptionError, match=said):
         train(tiny(tmp_path / "at", activations="auto", implementation="blockwise"), announce=stop)
+
+
+def test_a_step_far_beyond_the_device_is_refused_before_anything_is_written(
+    tiny, store_path, tmp_path, capsys
+):
+    line = (
+        f"train at_small --run {tmp_path / 'at'} --data.store {store_path} --data.task cartpole_swingup "
+        "--data.num-trajectories 2 --data.batch-size 1 --data.context-length 400000000 --model.embed-dim 16 "
+        "--model.num-heads 1 --model.num-layers 1 --model.implementation blockwise"
+    )
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(
+        r"train at ...\nbpt-rl: A training step must fit its device; by the plan one with activations recompute takes "
+        r"\d+\.\d GiB, and cpu has \d+\.\d GiB\. Ways out: \(a\) Rows of at most [\d,]+ tokens .*\.\n",
+        err,
+    ), err
+    assert not (tmp_path / "at").exists()
 
 
 def test_a_step_that_runs_out_of_memory_ends_in_a_sentence_and_leaves_the_checkpoints(
