@@ -1,9 +1,20 @@
-"""Agents by name."""
+"""Agents and explorers by name."""
+
+from collections.abc import Callable, Mapping
 
 from bpt_rl.agents.agentic_transformer import AgenticTransformer
-from bpt_rl.agents.base import Agent
+from bpt_rl.agents.aps import Aps
+from bpt_rl.agents.base import Agent, Explorer
 from bpt_rl.agents.behaviour_cloning import BehaviourCloning
 from bpt_rl.agents.decision_transformer import DecisionTransformer
+from bpt_rl.agents.diayn import Diayn
+from bpt_rl.agents.disagreement import Disagreement
+from bpt_rl.agents.icm import Icm
+from bpt_rl.agents.icm_apt import IcmApt
+from bpt_rl.agents.proto import Proto
+from bpt_rl.agents.rnd import Rnd
+from bpt_rl.agents.smm import Smm
+from bpt_rl.collect_config import ExplorationConfig, ExplorerName
 from bpt_rl.config import TrainConfig
 from bpt_rl.types import DataStatistics
 
@@ -16,3 +27,20 @@ def make_agent(config: TrainConfig, statistics: DataStatistics) -> Agent:
         "bc": BehaviourCloning,
     }
     return agents[config.agent](config, statistics)
+
+
+def make_explorer(
+    name: ExplorerName, config: ExplorationConfig, observation_dim: int, action_dim: int
+) -> Explorer:
+    """Returns the explorer of that name, for observations and actions of these lengths."""
+    explorers: Mapping[ExplorerName, Callable[[ExplorationConfig, int, int], Explorer]] = {
+        "rnd": Rnd,
+        "icm": Icm,
+        "disagreement": Disagreement,
+        "icm_apt": IcmApt,
+        "proto": Proto,
+        "diayn": Diayn,
+        "aps": Aps,
+        "smm": Smm,
+    }
+    return explorers[name](config, observation_dim, action_dim)

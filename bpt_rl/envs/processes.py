@@ -45,7 +45,7 @@ def map_in_order(
     context = multiprocessing.get_context("spawn")
     remaining = iter(items)
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=follow_parent)
     with pool:
         try:
             pending.extend(
@@ -64,7 +64,8 @@ def map_in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
+    """Leaves Ctrl-C to this process's parent, and ends with it."""
     # Ctrl-C reaches the whole process group; the parent is the one to end the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -45,11 +45,12 @@ class Replay:
     """A step."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_step_return <= min(self.episode_steps, self.num_slots - 1):
+        # With n rows of one episode and n of the next no transition fits.
+        if not 1 <= self.num_step_return <= min(self.episode_steps, (self.num_slots - 1) // 2):
             raise ValueError(
-                "num_step_return must be at least 1, at most the steps of an episode, and below the steps of each "
-                f"environment that are kept; got {self.num_step_return}, {self.episode_steps} and {self.num_slots}. "
-                "Use fewer steps, or raise replay_steps."
+                "num_step_return must be at least 1, at most the steps of an episode, and below half of the steps of "
+                f"each environment that are kept; got {self.num_step_return}, {self.episode_steps} and "
+                f"{self.num_slots}. Use fewer steps, or raise replay_steps."
             )
 
     def init(self, observation_dim: int, action_dim: int, skill_dim: int) -> ReplayState:

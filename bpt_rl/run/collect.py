@@ -22,16 +22,17 @@ _FREE_FIELDS = ("num_steps", "num_workers", "out")
 """Fields of the configuration that no recorded episode depends on."""
 
 
-def collect(config: CollectConfig, report_progress: Callable[[int, int], None] | None = None) -> Path:
+def collect(config: CollectConfig, report_progress: Callable[..., None] | None = None) -> Path:
     """Returns the folder `{out}/{domain}/{algorithm}/buffer`, filled with episodes in ExoRL's layout.
 
-    Episode i depends on the configuration and (seed, i) alone. Whole episodes that lie there already are
-    kept, so that an interrupted collection goes on and a larger one adds to it. The configuration is written
-    beside the buffer, as collect.toml.
+    Of noise, episode i depends on the configuration and (seed, i) alone. Whole episodes that lie there already
+    are kept, so that an interrupted collection goes on and a larger one adds to it; what an explorer needs
+    for that, `bpt_rl.run.explore` says. The configuration is written beside the buffer, as collect.toml.
 
     Args:
       config: What to record, and where.
-      report_progress: Called with the episodes there and their number, first for those kept.
+      report_progress: Called with the episodes there and their number, first for those kept; of an explorer
+        with steps, their number and a note.
 
     Raises:
       ValueError: If the task is unknown, the action repeat does not divide an episode, or the folder holds
@@ -48,6 +49,12 @@ def collect(config: CollectConfig, report_progress: Callable[[int, int], None] |
     buffer = Path(config.out) / domain / config.algorithm / "buffer"
     num_episodes = -(-config.num_steps // episode_steps)
     _claim(buffer.parent, config)
+    if config.is_learning:
+        # It brings JAX along, which noise does without.
+        from bpt_rl.run.explore import explore
+
+        explore(config, buffer, report_progress)
+        return buffer
     names = [f"episode_{i:06d}_{episode_steps}.npz" for i in range(num_episodes)]
     missing = [(i, buffer / name) for i, name in enumerate(names) if not _is_whole(buffer / name)]
     done = num_episodes - len(missing)
@@ -125,11 +132,16 @@ def _claim(folder: Path, config: CollectConfig) -> None:
             )
         records.write_atomically(path, config_toml.to_toml(config))
         return
-    there = config_toml.load(CollectConfig, str(path))
-    for field in dataclasses.fields(config):
-        old, new = getattr(there, field.name), getattr(config, field.name)
-        if field.name not in _FREE_FIELDS and old != new:
+    there = _flat(config_toml.load(CollectConfig, str(path)))
+    for name, new in _flat(config).items():
+        if name not in _FREE_FIELDS and there[name] != new:
             raise ValueError(
                 f"A folder must hold the episodes of one collection; {folder} was collected with "
-                f"{field.name} = {old!r}, and {new!r} is asked for. Choose another `out`, or the same value."
+                f"{name} = {there[name]!r}, and {new!r} is asked for. Choose another `out`, or the same value."
             )
+
+
+def _flat(config: CollectConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    exploration = values.pop("exploration")
+    return values | {f"exploration.{name}": value for name, value in exploration.items()}

@@ -130,8 +130,8 @@ def test_an_error_in_a_worker_carries_its_traceback():
         match=r"process 0 \(environments 0 to 1\) failed:\nTraceback[\s\S]*An action must have shape",
     ):
         # Actions of another shape, past the check of `step`.
-        environments._send("step", [np.zeros((2, 3))])
-        environments._receive()
+        environments._simulators.send("step", [np.zeros((2, 3))])
+        environments._simulators.receive()
 
 
 def test_actions_that_do_not_fit_are_refused_and_nothing_is_lost(balance):
