@@ -60,7 +60,7 @@ def identify(path: str, domain: str = "") -> Dataset:
 
     Args:
       path: A store, or a folder or zip of episodes.
-      domain: Of a folder or zip whose path does not say it.
+      domain: Of a folder or zip; empty if its path says it.
 
     Raises:
       FileNotFoundError: If there is no such dataset, or no episode in it.
@@ -72,7 +72,7 @@ def identify(path: str, domain: str = "") -> Dataset:
         )
     if Path(path).is_dir() or path.endswith(".zip"):
         EpisodeSource.open(path).close()
-        domain = build.domain_on_path(path) or domain
+        domain = domain or build.domain_on_path(path) or ""
         if not domain:
             raise ValueError(
                 f"Episodes must be of a known domain; the path {path} names none. Set domain to one of "

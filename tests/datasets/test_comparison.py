@@ -167,6 +167,7 @@ def test_datasets_that_are_none_are_refused(folder, store, tmp_path):
     with pytest.raises(ValueError, match=r"Nearest valid one: 'cartpole'"):
         identify(str(unnamed), "cartpol")
     assert identify(str(unnamed), "cartpole").domain == "cartpole"
+    assert identify(str(folder), "walker").domain == "walker"
     with Store.open(store) as opened:
         assert identify(str(store), "walker").domain == opened.domain
 
