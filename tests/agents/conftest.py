@@ -8,27 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bpt_rl.agents.aps import Aps
-from bpt_rl.agents.diayn import Diayn
-from bpt_rl.agents.disagreement import Disagreement
-from bpt_rl.agents.icm import Icm
-from bpt_rl.agents.icm_apt import IcmApt
-from bpt_rl.agents.proto import Proto
-from bpt_rl.agents.rnd import Rnd
-from bpt_rl.agents.smm import Smm
+from bpt_rl.agents.registry import make_explorer
 from bpt_rl.collect_config import ExplorationConfig
 from bpt_rl.types import Transition
 
-CLASSES = {
-    "rnd": Rnd,
-    "icm": Icm,
-    "disagreement": Disagreement,
-    "icm_apt": IcmApt,
-    "proto": Proto,
-    "diayn": Diayn,
-    "aps": Aps,
-    "smm": Smm,
-}
 QUICK = {"xla_backend_optimization_level": 0}
 """Halves the compile time."""
 CONFIG = ExplorationConfig(hidden_dim=8, batch_size=6, learning_rate=1e-3)
@@ -37,7 +20,7 @@ CONFIG = ExplorationConfig(hidden_dim=8, batch_size=6, learning_rate=1e-3)
 @functools.cache
 def explorer(name):
     """Of observations of 3 entries and actions of 2."""
-    return CLASSES[name](CONFIG, 3, 2)
+    return make_explorer(name, CONFIG, 3, 2)
 
 
 @functools.cache

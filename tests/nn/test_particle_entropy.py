@@ -55,9 +55,9 @@ def brute_force_distances(x, y, num_neighbours):
 
 def test_nearest_distances_match_brute_force_however_far_from_the_origin():
     generator = np.random.default_rng(1)
-    x, y = (generator.normal(size=(n, 3)).astype(np.float32) + np.float32(1000) for n in (5, 9))
+    x, y = (generator.normal(size=(n, 3)).astype(np.float32) + np.float32(1e4) for n in (5, 30))
     found = jax.jit(nearest_distances, static_argnums=2)(x, y, 4)
-    # Differences of float32 numbers near 1000 are exact; only squares and roots round.
+    # Differences of float32 numbers near 10,000 are exact; only squares and roots round.
     np.testing.assert_allclose(found, brute_force_distances(x, y, 4), rtol=1e-6)
     np.testing.assert_array_equal(nearest_distances(jnp.asarray(x), jnp.asarray(x), 1), np.zeros((5, 1)))
 
