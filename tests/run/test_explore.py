@@ -76,8 +76,8 @@ def test_a_killed_collection_goes_on_to_the_bytes_of_an_uninterrupted_one(explor
     assert killed.returncode == -9
     buffer = tmp_path / "cartpole" / "diayn" / "buffer"
     assert len(contents(buffer)) == 2
-    # As if the next round had been written, but not its checkpoint.
-    (buffer / "episode_000003_1000.npz").write_bytes(b"of another run")
+    # As if a later round had been written, but not its checkpoint.
+    (buffer / "episode_000009_1000.npz").write_bytes(b"of another run")
     progress = []
     assert collect(config_of(tmp_path), lambda done, total, note: progress.append((done, total))) == buffer
     assert progress[0] == (ROUND_STEPS, 2 * ROUND_STEPS)
