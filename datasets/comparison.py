@@ -106,21 +106,23 @@ def _sizes(compared: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     base = compared["datasets"].get(compared["against"])
     for label, dataset in compared["datasets"].items():
-        nats = _nats(dataset)
         table.add_row(
             label,
             dataset["subset"],
             f"{dataset['num_episodes']:,}",
             f"{dataset['num_steps']:,}",
-            "-"
-            if nats is None
-            else f"{nats:.2f}{_difference(nats, base and _nats(base), '.2f', base is dataset)}",
+            _nats(dataset, base),
         )
     return table
 
 
-def _nats(dataset: Mapping[str, Any]) -> float | None:
-    return float(dataset["coverage"]["nats"]) if dataset["coverage"] else None
+def _nats(dataset: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
+    found, other = dataset["coverage"], base["coverage"] if base else None
+    if not found:
+        return "-"
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.2f}"
+    difference = _difference(found["nats"], other["nats"] if other else None, ".2f", base is dataset)
+    return f"{found['nats']:.2f}{error}{difference}"
 
 
 def _difference(value: float, base: float | None, form: str, is_base: bool) -> str:
@@ -157,7 +159,8 @@ def _notes(compared: Mapping[str, Any]) -> str:
         scales = ", ".join(f"{name} / {scale:g}" for name, scale in measured[0]["scales"].items())
         lines.append(
             f"Coverage: entropy of {scales}, from the {coverage.NUM_NEIGHBOURS} nearest neighbours of "
-            f"{measured[0]['num_states']:,} states. Compare datasets of as many steps."
+            f"{measured[0]['num_states']:,} states, ± the standard error over episodes. Compare datasets of as many "
+            "steps."
         )
     if compared["against"]:
         lines.append(f"In brackets: less that of {compared['against']}.")

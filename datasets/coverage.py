@@ -11,6 +11,7 @@ made them: compare collections of the same number of steps.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,16 +41,26 @@ _CHUNK = 16
 """States whose distances to all others are held at once: few enough for a core's cache."""
 
 
-def coverage(domain: str, states: Float[np.ndarray, "M F"]) -> float | None:
-    """Returns the entropy of a domain's states in nats, None if they are too few or the domain has no features.
+class Coverage(NamedTuple):
+    """An entropy in nats."""
+
+    nats: float
+    standard_error: float | None
+    """Of another collection of as many episodes, each drawn alone; None for one episode."""
+
+
+def coverage(domain: str, states: Float[np.ndarray, "M F"], episode: Int[np.ndarray, "M"]) -> Coverage | None:
+    """Returns the entropy of a domain's states; None if they are too few or the domain has no features.
 
     Args:
       domain: Like "walker".
       states: Physical features, in the order of their names.
+      episode: That each state belongs to: those of one episode count as one for the error.
     """
     if domain not in SCALES or len(states) <= NUM_NEIGHBOURS:
         return None
-    return entropy(states / np.array(SCALES[domain]), NUM_NEIGHBOURS)
+    information = _information(states / np.array(SCALES[domain]), NUM_NEIGHBOURS)
+    return Coverage(float(information.mean()), _standard_error(information, episode))
 
 
 def entropy(points: Float[np.ndarray, "M F"], num_neighbours: int) -> float:
@@ -69,18 +80,35 @@ def entropy(points: Float[np.ndarray, "M F"], num_neighbours: int) -> float:
     Source: Kozachenko and Leonenko 1987; Kraskov, Stögbauer and Grassberger 2004, equation 20, whose epsilon is twice
     the distance here.
     """
-    num_points, dim = points.shape
+    num_points = len(points)
     if not 0 < num_neighbours < num_points or not np.isfinite(points).all():
         raise ValueError(
             f"An entropy needs finite points, and more of them than neighbours; got {num_points} points for "
             f"{num_neighbours} neighbours. Use more points, and leave out what is not finite."
         )
+    return float(_information(points, num_neighbours).mean())
+
+
+def _information(points: Float[np.ndarray, "M F"], num_neighbours: int) -> Float[np.ndarray, "M"]:
+    """Returns what each point adds to the entropy: less the logarithm of the density around it."""
+    num_points, dim = points.shape
     squared = _squared_distances(points, num_neighbours)
     log_distance = np.log(np.maximum(squared, CLOSEST**2)) / 2
     log_unit_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
     # Of whole numbers, digamma(n) - digamma(k) is the sum of 1/j over j from k up to n - 1.
     digammas = (1 / np.arange(num_neighbours, num_points)).sum()
-    return float(digammas + log_unit_ball + dim * log_distance.mean())
+    information: Float[np.ndarray, "M"] = digammas + log_unit_ball + dim * log_distance
+    return information
+
+
+def _standard_error(information: Float[np.ndarray, "M"], episode: Int[np.ndarray, "M"]) -> float | None:
+    """Returns that of the mean, with episodes of any number of states as what is drawn."""
+    excess = np.bincount(episode, information - information.mean())
+    num_episodes = len(np.unique(episode))
+    if num_episodes < 2:
+        return None
+    variance = np.square(excess).sum() * num_episodes / (num_episodes - 1)
+    return float(math.sqrt(variance) / len(information))
 
 
 def _squared_distances(points: Float[np.ndarray, "M F"], num_neighbours: int) -> Float[np.ndarray, "M"]:

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bpt_rl.datasets import coverage
 from bpt_rl.datasets.store import Store
@@ -41,7 +41,9 @@ def describe(path_or_store: str | os.PathLike[str] | Store) -> dict[str, Any]:
         "action_dim": store.action_dim,
         "returns": {task: _summary(store.returns(task)) for task in store.tasks},
         "features": {name: _spread(values) for name, values in visited_features(store).items()},
-        "coverage": _coverage(store.domain, store.feature_names, drawn_states(store)),
+        "coverage": _coverage(
+            store.domain, store.feature_names, drawn_states(store), coverage.draw_states(lengths)[:, 0]
+        ),
         "digest": store.digest,
         "format_version": FORMAT_VERSION,
         "versions": store.versions,
@@ -56,6 +58,7 @@ def describe_survey(survey: Survey, num_states: int | None = None) -> dict[str, 
       num_states: States that its coverage is measured with; None for all that were drawn.
     """
     features = zip(survey.feature_names, survey.states.T, strict=True)
+    states, episode = survey.states[:num_states], coverage.draw_states(survey.num_steps)[:num_states, 0]
     return {
         "path": survey.dataset.path,
         "domain": survey.dataset.domain,
@@ -67,7 +70,7 @@ def describe_survey(survey: Survey, num_states: int | None = None) -> dict[str, 
         "episode_steps": [int(survey.num_steps.min()), int(survey.num_steps.max())],
         "returns": {task: _summary(returns) for task, returns in survey.returns.items()},
         "features": {name: _spread(values) for name, values in features},
-        "coverage": _coverage(survey.dataset.domain, survey.feature_names, survey.states[:num_states]),
+        "coverage": _coverage(survey.dataset.domain, survey.feature_names, states, episode),
     }
 
 
@@ -82,12 +85,17 @@ def visited_features(store: Store) -> dict[str, Float[np.ndarray, "_"]]:
     return dict(zip(store.feature_names, rows.T, strict=True))
 
 
-def _coverage(domain: str, names: tuple[str, ...], states: Float[np.ndarray, "M F"]) -> dict[str, Any] | None:
-    nats = coverage.coverage(domain, states)
-    if nats is None:
+def _coverage(
+    domain: str,
+    names: tuple[str, ...],
+    states: Float[np.ndarray, "M F"],
+    episode: Int[np.ndarray, "M"],
+) -> dict[str, Any] | None:
+    found = coverage.coverage(domain, states, episode)
+    if found is None:
         return None
     scales = dict(zip(names, coverage.SCALES[domain], strict=True))
-    return {"nats": nats, "num_states": len(states), "scales": scales}
+    return {**found._asdict(), "num_states": len(states), "scales": scales}
 
 
 def _summary(returns: Float[np.ndarray, "E"]) -> dict[str, float]:

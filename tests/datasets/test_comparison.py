@@ -80,7 +80,10 @@ def test_coverage_is_measured_with_as_many_states_of_each_dataset(store, wild):
     surveys = [survey(identify(str(path)), num_workers=1) for path in (store, wild)]
     found = {name: dataset["coverage"] for name, dataset in compare(surveys)["datasets"].items()}
     assert {name: of["num_states"] for name, of in found.items()} == {"random": 40, "rnd": 40}
-    assert found["random"]["nats"] == coverage.coverage("cartpole", surveys[0].states[:40])
+    expected = coverage.coverage(
+        "cartpole", surveys[0].states[:40], coverage.draw_states(surveys[0].num_steps)[:40, 0]
+    )
+    assert {key: found["random"][key] for key in expected._fields} == expected._asdict()
     assert describe(store)["coverage"]["num_states"] == 120
     assert found["rnd"]["nats"] > found["random"]["nats"] + 1
 
@@ -90,8 +93,11 @@ def test_the_tables_show_differences_to_the_baseline(store, wild):
     compared = compare(surveys)
     random, rnd = compared["datasets"].values()
     lines = comparison_text(compared, width=140).splitlines()
-    nats = [dataset["coverage"]["nats"] for dataset in (random, rnd)]
-    assert f" random    full            3     120             {nats[0]:.2f}" in lines
+    nats, error = (
+        [dataset["coverage"][key] for dataset in (random, rnd)] for key in ("nats", "standard_error")
+    )
+    assert f" random    full            3     120      {nats[0]:.2f} ± {error[0]:.2f}" in lines
+    # One episode has no error.
     assert f" rnd       full            1      40     {nats[1]:.2f} ({nats[1] - nats[0]:+.2f})" in lines
     mine, other = (dataset["returns"]["cartpole_swingup"] for dataset in (rnd, random))
     cells = [f"{mine[k]:.1f} ({mine[k] - other[k]:+.1f})" for k in ("mean", "quantile_95", "max")]

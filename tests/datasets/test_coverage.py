@@ -85,10 +85,27 @@ def test_every_domain_has_a_scale_a_feature_and_coverage_is_measured_in_them():
     assert {domain: len(scales) for domain, scales in coverage.SCALES.items()} == {
         domain: len(names) for domain, names in features.FEATURES.items()
     }
-    points = np.random.default_rng(0).normal(size=(100, 3))
-    assert coverage.coverage("jaco", points * 0.2) == pytest.approx(entropy(points, 12), abs=1e-5)
-    assert coverage.coverage("jaco", points[:12]) is None
-    assert coverage.coverage("minari/toy", np.zeros((100, 0))) is None
+    points, episode = np.random.default_rng(0).normal(size=(100, 3)), np.zeros(100, int)
+    nats, error = coverage.coverage("jaco", points * 0.2, episode)
+    assert nats == pytest.approx(entropy(points, 12), abs=1e-5)
+    assert error is None
+    assert coverage.coverage("jaco", points[:12], episode[:12]) is None
+    assert coverage.coverage("minari/toy", np.zeros((100, 0)), episode) is None
+
+
+def test_the_standard_error_is_the_spread_of_other_collections():
+    generator = np.random.default_rng(0)
+
+    def collection():
+        """Forty episodes, each at its own place: their states are not independent."""
+        place = generator.normal(size=(40, 1, 2))
+        states = place + 0.1 * generator.normal(size=(40, 10, 2))
+        return coverage.coverage("point_mass_maze", states.reshape(-1, 2) / 10, np.repeat(np.arange(40), 10))
+
+    found = [collection() for _ in range(60)]
+    spread = np.std([one.nats for one in found], ddof=1)
+    # A spread of 60 is known to a tenth; the error leaves out that episodes are each other's neighbours.
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.35)
 
 
 def test_of_a_small_dataset_every_state_but_the_first_of_each_episode_is_drawn_once():
