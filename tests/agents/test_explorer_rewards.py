@@ -1,8 +1,11 @@
 """Each explorer's reward and loss against loops over rows in float64 that know nothing of its code."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from bpt_rl.agents.proto import sinkhorn
 
 
 def dense(layers, x):
@@ -34,6 +37,16 @@ def log_softmax(x):
 
 def unit(x):
     return x / np.linalg.norm(x)
+
+
+def assign(scores):
+    assigned = np.exp(scores)
+    for _ in range(3):
+        for column in assigned.T:
+            column /= column.sum() * len(assigned.T)
+        for row in assigned:
+            row /= row.sum() * len(assigned)
+    return assigned * len(assigned)
 
 
 def rnd(before, after, batch, key):
@@ -94,16 +107,10 @@ def icm_apt(before, after, batch, key):
 def proto(before, after, batch, key):
     prototypes = np.asarray(before.networks.prototypes, np.float64)
     targets = np.array([unit(dense(before.target, row)) for row in batch.next_observation])
-    assigned = np.exp(targets @ prototypes.T / 0.1)
-    for _ in range(3):
-        for column in range(512):
-            assigned[:, column] /= assigned[:, column].sum() * 512
-        for row in assigned:
-            row /= row.sum() * len(assigned)
     loss = 0
-    for row, share in zip(batch.observation, assigned * len(assigned), strict=True):
+    for row, share in zip(batch.observation, assign(targets @ prototypes.T / 0.1), strict=True):
         projected = unit(dense(before.networks.projector, dense(before.networks.predictor, row)))
-        loss -= (share * log_softmax(prototypes @ projected / 0.1)).sum() / len(assigned)
+        loss -= (share * log_softmax(prototypes @ projected / 0.1)).sum() / len(targets)
     features = [unit(dense(after.networks.predictor, row)) for row in batch.next_observation]
     return np.array([np.sort(np.linalg.norm(after.queue - f, axis=1))[2] for f in features]), loss
 
@@ -167,3 +174,10 @@ def test_reward_and_loss_match_a_plain_reference(explorers, reference):
     # Float32 through three layers, and differences of what they give.
     np.testing.assert_allclose(reward, expected, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(metrics["explorer_loss"], loss, rtol=2e-4)
+
+
+def test_three_iterations_of_sinkhorn_match_loops_far_from_convergence():
+    scores = np.random.default_rng(0).uniform(-10, 10, (6, 4)).astype(np.float32)
+    expected = assign(scores.astype(np.float64))
+    assert np.ptp(expected.sum(axis=0)) > 0.01
+    np.testing.assert_allclose(sinkhorn(jnp.asarray(scores)), expected, rtol=1e-4)
