@@ -131,15 +131,15 @@ def _difference(value: float, base: float | None, form: str, is_base: bool) -> s
 
 def _returns(compared: Mapping[str, Any]) -> Table:
     table = _table("Return of an episode")
-    table.add_column("task", no_wrap=True)
-    table.add_column("dataset", overflow="fold")
+    table.add_column("task, dataset", overflow="fold")
     for title in _STATISTICS.values():
         table.add_column(title, justify="right", no_wrap=True)
     datasets = compared["datasets"]
     base = datasets.get(compared["against"])
     for task in dict.fromkeys(task for dataset in datasets.values() for task in dataset["returns"]):
         table.add_section()
-        for i, (label, dataset) in enumerate(datasets.items()):
+        table.add_row(task)
+        for label, dataset in datasets.items():
             found = dataset["returns"].get(task)
             other = base["returns"].get(task) if base else None
             cells = [
@@ -148,7 +148,7 @@ def _returns(compared: Mapping[str, Any]) -> Table:
                 else "-"
                 for name in _STATISTICS
             ]
-            table.add_row("" if i else task, label, *cells)
+            table.add_row(f"  {label}", *cells)
     return table
 
 
