@@ -70,12 +70,16 @@ def draw_surveys(surveys: Sequence[Survey]) -> Figure:
     labels = comparison.labels([survey.dataset for survey in surveys])
     pairs = _pairs(len(surveys[0].feature_names))
     task_names = list(dict.fromkeys(task for survey in surveys for task in survey.returns))
-    num_rows = -(-len(task_names) // NUM_COLUMNS)
+    # Of one dataset, pairs lie beside each other.
+    num_rows, num_map_rows = (
+        -(-len(task_names) // NUM_COLUMNS),
+        len(pairs) if len(surveys) > 1 else min(1, len(pairs)),
+    )
     width = 3.2 * max(NUM_COLUMNS, len(surveys))
     # Not pyplot: it would open a display where there is one.
-    figure = Figure(figsize=(width, 0.8 + 2.7 * (num_rows + len(pairs))))
+    figure = Figure(figsize=(width, 0.8 + 2.7 * (num_rows + num_map_rows)))
     figure.suptitle(f"{surveys[0].dataset.domain}: returns of episodes, and states visited")
-    heights = [rows for rows in (num_rows, len(pairs)) if rows]
+    heights = [rows for rows in (num_rows, num_map_rows) if rows]
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     panels = parts[0].subplots(num_rows, NUM_COLUMNS, squeeze=False).flat
     for axes, task in itertools.zip_longest(panels, task_names):
@@ -152,7 +156,10 @@ def _draw_maps(
     figure: Any, surveys: Sequence[Survey], pairs: Sequence[tuple[int, int]], labels: Sequence[str]
 ) -> None:
     """Draws a row of panels a pair of features, one panel a dataset, all of a row alike in axes and colours."""
-    panels = figure.subplots(len(pairs), len(surveys), squeeze=False, sharex="row", sharey="row")
+    if len(surveys) > 1:
+        panels = figure.subplots(len(pairs), len(surveys), squeeze=False, sharex="row", sharey="row")
+    else:
+        panels = figure.subplots(1, len(pairs), squeeze=False).T
     for row, pair in zip(panels, pairs, strict=True):
         together = np.concatenate([survey.states[:, pair] for survey in surveys])
         edges = [np.histogram_bin_edges(column, _NUM_BINS) for column in together.T]
