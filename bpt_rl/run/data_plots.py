@@ -70,11 +70,9 @@ def draw_surveys(surveys: Sequence[Survey]) -> Figure:
     labels = comparison.labels([survey.dataset for survey in surveys])
     pairs = _pairs(len(surveys[0].feature_names))
     task_names = list(dict.fromkeys(task for survey in surveys for task in survey.returns))
+    num_rows = -(-len(task_names) // NUM_COLUMNS)
     # Of one dataset, pairs lie beside each other.
-    num_rows, num_map_rows = (
-        -(-len(task_names) // NUM_COLUMNS),
-        len(pairs) if len(surveys) > 1 else min(1, len(pairs)),
-    )
+    num_map_rows = len(pairs) if len(surveys) > 1 else min(1, len(pairs))
     width = 3.2 * max(NUM_COLUMNS, len(surveys))
     # Not pyplot: it would open a display where there is one.
     figure = Figure(figsize=(width, 0.8 + 2.7 * (num_rows + num_map_rows)))
