@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def explore(config: CollectConfig, buffer: Path, report_progress: Callable[..., 
     Raises:
       ValueError: If the folder lacks an episode that the checkpoint rests on, or the replay is too small.
       OSError: If an episode cannot be written.
+      FloatingPointError: If learning diverges.
     """
     run = _Run.of(config, buffer)
     with contextlib.ExitStack() as stack:
@@ -56,7 +57,7 @@ def explore(config: CollectConfig, buffer: Path, report_progress: Callable[..., 
         if done:
             state = saved.restore(done, jax.eval_shape(lambda: state))
         replay = _replay_of(run, done)
-        clock = Clock(run, done, report_progress)
+        clock = _Clock(run, done, report_progress)
         for round_index in range(done, run.num_rounds):
             state, replay, line = _play_round(run, (state, replay), environments, round_index, clock)
             with run.metrics_path.open("a") as file:
@@ -103,7 +104,7 @@ class _Run:
         return num_rounds * self.plan.num_environments * self.plan.episode_steps
 
 
-class Clock:
+class _Clock:
     """Counts steps and updates of this process, and reports them."""
 
     def __init__(self, run: _Run, num_rounds: int, report: Callable[..., None] | None) -> None:
@@ -150,7 +151,7 @@ def _play_round(
     states: tuple[ExplorationState, ReplayState],
     environments: RecordingEnvironments,
     round_index: int,
-    clock: Clock,
+    clock: _Clock,
 ) -> tuple[ExplorationState, ReplayState, dict[str, float]]:
     """Returns the states after one episode in every environment, and its line of metrics."""
     (state, replay), step, learnt, mark = states, run.step, [], clock.mark()
@@ -173,7 +174,7 @@ def _play_round(
         clock.count(num_environments, is_learning * updates_at_once, is_reported=(t + 1) % REPORT_STEPS == 0)
     replay = step.remember(replay, observation, np.zeros_like(action), skill)
     returns = environments.save()
-    means = {name: float(np.mean([m[name] for m in jax.device_get(learnt)])) for name in (learnt or [{}])[0]}
+    means = mean_metrics(jax.device_get(learnt))
     line = {
         "step": run.steps_of(round_index + 1),
         "updates": step.num_updates_before((round_index + 1) * episode_steps),
@@ -182,6 +183,22 @@ def _play_round(
         "task_return": float(returns.mean()),
     }
     return state, replay, line
+
+
+def mean_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the mean of each metric; of no lines nothing.
+
+    Raises:
+      FloatingPointError: If one is not finite.
+    """
+    means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]} if lines else {}
+    broken = [f"{name} {mean}" for name, mean in means.items() if not np.isfinite(mean)]
+    if broken:
+        raise FloatingPointError(
+            f"What an explorer learns from must stay finite; got {', '.join(broken)}. Lower exploration.learning_rate, "
+            "and collect into another `out`."
+        )
+    return means
 
 
 def _forget_after(run: _Run, num_rounds: int) -> None:

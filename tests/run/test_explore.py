@@ -12,6 +12,7 @@ from bpt_rl.collect_config import CollectConfig, ExplorationConfig
 from bpt_rl.datasets import exorl
 from bpt_rl.run.collect import collect
 from bpt_rl.run.exploration_step import ExplorationStep
+from bpt_rl.run.explore import mean_metrics
 
 TINY = ExplorationConfig(
     num_environments=2,
@@ -121,6 +122,14 @@ def test_metrics_tell_of_every_round(explored):
         [line["task_return"] for line in lines], np.reshape(returns, (2, 2)).mean(axis=1)
     )
     assert all(np.isfinite(line["critic_loss"]) and line["actor_loss"] for line in lines)
+
+
+def test_learning_that_diverges_is_not_recorded_on():
+    lines = [{"critic_loss": 1.0, "value": 2.0}, {"critic_loss": 3.0, "value": 0.0}]
+    assert mean_metrics(lines) == {"critic_loss": 2.0, "value": 1.0}
+    assert mean_metrics([]) == {}
+    with pytest.raises(FloatingPointError, match=r"must stay finite; got value nan\. Lower"):
+        mean_metrics([*lines, {"critic_loss": 0.0, "value": np.nan}])
 
 
 @pytest.mark.parametrize(("environments", "steps_per_update"), [(4, 2.0), (2, 6.0), (3, 1.5)])
