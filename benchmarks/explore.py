@@ -8,7 +8,7 @@ takes the options of `bpt-rl data collect` (walker and rnd unless told otherwise
 names a JSON file). "Environments alone" is a round of uniform actions by the same processes, episodes written. "Updates
 alone" are those of a round, one compiled call after the other, with no environments. "Together" is the last round of a
 collection, which compiles nothing: it can be no faster than the slower of the two, and the last line is the share of
-that which it reaches.
+that which it reaches. On a CPU both share the cores, and the share says little.
 """
 
 import dataclasses
