@@ -24,7 +24,8 @@ demo: $(INSTALLED)
 	$(BIN)/bpt-rl demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	@# A process a core; the tests of a file stay together, for they share what is slow to make.
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
