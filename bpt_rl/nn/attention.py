@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from bpt_rl.config import Implementation
+from bpt_rl.config import Implementation, ModelConfig
 from bpt_rl.nn.blockwise import blockwise_attention
 
 _log = logging.getLogger(__name__)
@@ -119,6 +119,17 @@ def chosen_implementation(asked: Implementation, obstacle: str) -> Implementatio
     if asked == "cudnn" and obstacle:
         raise ValueError(f"cudnn attention must have {obstacle}. Use implementation='blockwise'.")
     return asked
+
+
+def model_implementation(model: ModelConfig, *, device_kind: str, has_segments: bool) -> Implementation:
+    """Returns the attention that a model runs with on a device; see `cudnn_obstacle` and `chosen_implementation`."""
+    obstacle = cudnn_obstacle(
+        device_kind=device_kind,
+        dtype=model.compute_dtype,
+        head_dim=model.embed_dim // model.num_heads,
+        has_segments=has_segments,
+    )
+    return chosen_implementation(model.implementation, obstacle)
 
 
 def _check_operands(query: Array, key: Array, value: Array, segment_ids: Array | None) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import jax
 
 from bpt_rl.bench_config import StepBenchConfig
-from bpt_rl.config import Implementation, ModelConfig, TrainConfig
+from bpt_rl.config import TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import domain_of
-from bpt_rl.nn.attention import chosen_implementation, cudnn_obstacle
+from bpt_rl.nn.attention import model_implementation
 from bpt_rl.run.bench_execution import (
     MEASURED_COLUMNS,
     Measured,
@@ -88,7 +88,9 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: K
         row = dataclasses.replace(
             row,
             activations=subject.train.model.activations,
-            implementation=_implementation(subject.train.model),
+            implementation=model_implementation(
+                subject.train.model, device_kind=jax.devices()[0].device_kind, has_segments=False
+            ),
         )
         row, program = measure_compiling(row, subject, forward_only=config.forward_only)
         if not config.compile_only:
@@ -105,14 +107,3 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: K
     except FAILURES as error:
         return dataclasses.replace(row, failure=failure_of(error))
     return row
-
-
-def _implementation(model: ModelConfig) -> Implementation:
-    """Returns the attention that runs on this device where each row is one chain."""
-    obstacle = cudnn_obstacle(
-        device_kind=jax.devices()[0].device_kind,
-        dtype=model.compute_dtype,
-        head_dim=model.embed_dim // model.num_heads,
-        has_segments=False,
-    )
-    return chosen_implementation(model.implementation, obstacle)

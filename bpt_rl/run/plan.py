@@ -9,7 +9,7 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import Activations, PlanConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, domain_of
-from bpt_rl.nn.attention import chosen_implementation, cudnn_obstacle
+from bpt_rl.nn.attention import model_implementation
 from bpt_rl.nn.memory_plan import (
     IN_HOST,
     LEVELS,
@@ -195,13 +195,9 @@ def _workload(config: TrainConfig, rows: Rows, device: Device, num_parameters: i
 
 def _implementation(config: TrainConfig, rows: Rows, device: Device) -> Literal["cudnn", "blockwise"]:
     """Returns the attention that the run will get."""
-    obstacle = cudnn_obstacle(
-        device_kind=device.name,
-        dtype=config.model.compute_dtype,
-        head_dim=config.model.embed_dim // config.model.num_heads,
-        has_segments=not rows.is_one_chain_a_row,
+    implementation = model_implementation(
+        config.model, device_kind=device.name, has_segments=not rows.is_one_chain_a_row
     )
-    implementation = chosen_implementation(config.model.implementation, obstacle)
     if implementation not in ("cudnn", "blockwise"):
         raise ValueError(
             "A plan must be of attention with memory linear in the context; got implementation "
