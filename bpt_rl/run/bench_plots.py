@@ -15,20 +15,15 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bpt_rl.run.bench_execution import GIB
 from bpt_rl.run.devices import H100
+from bpt_rl.run.picture_style import PICTURE_STYLE
 
 Row = Mapping[str, Any]
 
 _STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dcdfe4",
+    **PICTURE_STYLE,
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
-    "figure.constrained_layout.use": True,
 }
 _LOOKS = {
     "full": ("#6b7280", "X"),

@@ -17,20 +17,12 @@ from bpt_rl.datasets import comparison
 from bpt_rl.datasets.description import visited_features
 from bpt_rl.datasets.store import Store
 from bpt_rl.datasets.survey import Survey
+from bpt_rl.run.picture_style import PICTURE_STYLE
 
 NUM_COLUMNS = 4
 _NUM_BINS = 60
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b7280")
 _DASHES = ("-", "--", ":")
-_STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dcdfe4",
-    "figure.constrained_layout.use": True,
-}
 
 
 def plot_store(path: Path, out: Path) -> Path:
@@ -53,7 +45,7 @@ def plot_surveys(surveys: Sequence[Survey], out: Path) -> Path:
     Raises:
       OSError: If the picture cannot be written.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(dict(PICTURE_STYLE)):
         _save(draw_surveys(surveys), out)
     return out
 
@@ -106,7 +98,7 @@ def _plot_histograms(
 ) -> Path:
     num_rows = [-(-len(group) // NUM_COLUMNS) for group in (returns, features)]
     # Not pyplot: it would open a display where there is one.
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(dict(PICTURE_STYLE)):
         figure = Figure(figsize=(3.2 * NUM_COLUMNS, 0.6 + 2.5 * sum(num_rows)))
         figure.suptitle(title)
         grid = figure.add_gridspec(sum(num_rows), NUM_COLUMNS)
