@@ -164,12 +164,13 @@ def _play_round(
         if run.plan.skill_dim and step.draws_skills_at(t):
             skill = np.asarray(step.draw_skills(state, np.int32(number)))
         action, replay = step.act(state, replay, observation, skill, np.int32(number))
-        environments.send(np.asarray(action), skill)
-        # Only dispatched: the device learns while the simulators step.
+        # Only dispatched, and before anybody waits for the action: the device goes on to learn while the action
+        # travels and the simulators step.
         is_learning = step.learns_at(number)
         if is_learning:
             state, metrics = step.learn(state, replay, np.int32(number))
             learnt.append(metrics)
+        environments.send(np.asarray(action), skill)
         observation = environments.receive()
         clock.count(num_environments, is_learning * updates_at_once, is_reported=(t + 1) % REPORT_STEPS == 0)
     replay = step.remember(replay, observation, np.zeros_like(action), skill)
