@@ -1,8 +1,12 @@
 """Recording exploratory episodes in ExoRL's layout."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ def collect(config: CollectConfig, report_progress: Callable[..., None] | None =
     Raises:
       ValueError: If the task is unknown, the action repeat does not divide an episode, or the folder holds
         episodes of another configuration.
-      OSError: If an episode cannot be written.
+      OSError: If an episode cannot be written, or another process collects into the folder.
     """
     domain = tasks.domain_of(config.task)
     episode_steps = tasks.DOMAINS[domain].episode_steps
@@ -47,14 +51,21 @@ def collect(config: CollectConfig, report_progress: Callable[..., None] | None =
             f"{config.action_repeat}. Use a divisor, like 2, 4 or 5."
         )
     buffer = Path(config.out) / domain / config.algorithm / "buffer"
-    num_episodes = -(-config.num_steps // episode_steps)
-    _claim(buffer.parent, config)
-    if config.is_learning:
-        # It brings JAX along, which noise does without.
-        from bpt_rl.run.explore import explore
+    with _claimed(buffer.parent, config):
+        if config.is_learning:
+            # It brings JAX along, which noise does without.
+            from bpt_rl.run.explore import explore
 
-        explore(config, buffer, report_progress)
-        return buffer
+            explore(config, buffer, report_progress)
+        else:
+            _collect_noise(config, buffer, -(-config.num_steps // episode_steps), report_progress)
+    return buffer
+
+
+def _collect_noise(
+    config: CollectConfig, buffer: Path, num_episodes: int, report_progress: Callable[..., None] | None
+) -> None:
+    episode_steps = tasks.DOMAINS[tasks.domain_of(config.task)].episode_steps
     names = [f"episode_{i:06d}_{episode_steps}.npz" for i in range(num_episodes)]
     missing = [(i, buffer / name) for i, name in enumerate(names) if not _is_whole(buffer / name)]
     done = num_episodes - len(missing)
@@ -66,7 +77,6 @@ def collect(config: CollectConfig, report_progress: Callable[..., None] | None =
         done += 1
         if report_progress:
             report_progress(done, num_episodes)
-    return buffer
 
 
 def record_episode(config: CollectConfig, index: int) -> Trajectory:
@@ -121,7 +131,28 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _claim(folder: Path, config: CollectConfig) -> None:
+@contextlib.contextmanager
+def _claimed(folder: Path, config: CollectConfig) -> Iterator[None]:
+    """Keeps other processes out of the folder, once its episodes are known to be of this configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock is the folder's own: it leaves no file behind, and ends with this process, however that ends.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(
+                errno.EAGAIN,
+                f"One process at a time may collect into a folder; another one collects into {folder}. Wait for its "
+                "end, or choose another `out`.",
+            ) from error
+        _check_alike(folder, config)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_alike(folder: Path, config: CollectConfig) -> None:
     """Writes the configuration beside the buffer, or checks that the one there makes the same episodes."""
     path = folder / "collect.toml"
     if not path.exists():

@@ -1,3 +1,7 @@
+import fcntl
+import os
+import re
+
 import numpy as np
 import pytest
 
@@ -107,6 +111,19 @@ def test_episodes_of_another_configuration_are_never_mixed(collected, tmp_path):
     (buffer / "episode_000000_1000.npz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"hold the episodes of one collection; .* holds others"):
         collect(config_of(tmp_path))
+
+
+def test_two_processes_never_collect_into_one_folder(collected):
+    folder, out = collected.parent, collected.parents[2]
+    # A lock is the open file's, not the process's: a second opening stands for a second process.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=rf"another one collects into {re.escape(str(folder))}\. Wait"):
+            collect(config_of(out))
+    finally:
+        os.close(descriptor)
+    collect(config_of(out))
 
 
 def test_what_cannot_be_recorded_is_refused_before_anything_is_written(tmp_path):
