@@ -28,9 +28,9 @@ class Chain:
     episode: Int[np.ndarray, "T"]
     loss_mask: Float[np.ndarray, "T"]
     target_return: float
-    """Largest return of the chain."""
+    """Asked of its trajectories: their largest return, unless another was given."""
     returns: Float[np.ndarray, "N"]
-    """Whole-episode returns in float32, ascending."""
+    """Whole-episode returns in float32, in the chain's order."""
 
     @property
     def num_steps(self) -> int:
@@ -135,11 +135,13 @@ def build_chain(
     completion: Literal["per_episode", "per_step"] = "per_episode",
     loss_on: Literal["all", "last"] = "all",
     windows: Sequence[slice] | None = None,
+    target_return: float | None = None,
+    order: Literal["ascending", "given"] = "ascending",
 ) -> Chain:
     """Returns the trajectories as one chain of hindsight.
 
     Args:
-      trajectories: In any order; sorted here ascending by return, ties in the order given.
+      trajectories: To be ordered by `order`.
       task: Which of `Trajectory.task_reward` counts.
       relabel: Ask every trajectory for the chain's largest return, or each for its own.
       completion: Flag the last step of an episode whose return reaches its target, or each step from which on
@@ -147,35 +149,33 @@ def build_chain(
       loss_on: Trajectories whose actions are to be predicted: all, or the last (best) alone.
       windows: Steps kept of each trajectory, as given. Returns, returns-to-go, steps and flags stay those of
         the whole episode, so a window means what it means in the middle of an evaluated episode.
+      target_return: Asked of every trajectory instead of the chain's largest return: what an evaluation asks for.
+      order: Ascending by return, ties in the order given, as the paper has it; or all in the order given.
 
     Raises:
-      ValueError: If there is no trajectory, the task has no relabelled reward, or a window exceeds its episode.
+      ValueError: If there is no trajectory, the task has no relabelled reward, a window exceeds its episode, or a
+        target is given where each trajectory is asked for its own return.
 
     Source: Liu and Abbeel 2023, section 3.
     """
     if not trajectories:
         raise ValueError("A chain must hold at least one trajectory; got none. Draw some from a store.")
+    if target_return is not None and relabel == "own_return":
+        raise ValueError(
+            f"relabel = own_return asks each trajectory for its own return; got target_return {target_return}. "
+            "Leave it out, or relabel by chain_maximum."
+        )
     rewards = [_task_reward(trajectory, task) for trajectory in trajectories]
     # As the store has them: summed in float64, dummy row included, and rounded.
     returns = np.array([reward.sum(dtype=np.float64) for reward in rewards], np.float32)
-    order = np.argsort(returns, kind="stable")
-    largest = float(returns[order[-1]])
+    places = np.argsort(returns, kind="stable") if order == "ascending" else np.arange(len(returns))
+    asked = float(returns.max()) if target_return is None else float(target_return)
     pieces = []
-    for episode, i in enumerate(order):
-        trajectory, reward = trajectories[i], rewards[i][1:]
-        num_steps = trajectory.num_steps
-        target = largest if relabel == "chain_maximum" else float(returns[i])
-        reached = collected_returns(reward)[1:] >= np.float32(reach_threshold(target))
-        if completion == "per_episode":
-            reached[:-1] = False
-        counts = loss_on == "all" or episode == len(order) - 1
-        piece = {
-            "observation": trajectory.observation[:-1],
-            "action": trajectory.action[1:],
-            "reward": reward,
-            "return_to_go": returns_to_go(reward, target),
-            "completion": reached.astype(np.float32),
-            "step": np.arange(num_steps, dtype=np.int32),
+    for episode, i in enumerate(places):
+        num_steps = trajectories[i].num_steps
+        target = asked if relabel == "chain_maximum" else float(returns[i])
+        counts = loss_on == "all" or episode == len(places) - 1
+        piece = _steps(trajectories[i], rewards[i][1:], target, completion) | {
             "episode": np.full(num_steps, episode, np.int32),
             "loss_mask": np.full(num_steps, counts, np.float32),
         }
@@ -183,7 +183,23 @@ def build_chain(
             piece = {name: array[_checked(windows[i], num_steps)] for name, array in piece.items()}
         pieces.append(piece)
     fields = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    return Chain(**fields, target_return=largest, returns=returns[order])
+    return Chain(**fields, target_return=asked, returns=returns[places])
+
+
+def _steps(
+    trajectory: Trajectory, reward: Float[np.ndarray, "T"], target: float, completion: str
+) -> dict[str, np.ndarray]:
+    reached = collected_returns(reward)[1:] >= np.float32(reach_threshold(target))
+    if completion == "per_episode":
+        reached[:-1] = False
+    return {
+        "observation": trajectory.observation[:-1],
+        "action": trajectory.action[1:],
+        "reward": reward,
+        "return_to_go": returns_to_go(reward, target),
+        "completion": reached.astype(np.float32),
+        "step": np.arange(trajectory.num_steps, dtype=np.int32),
+    }
 
 
 def _task_reward(trajectory: Trajectory, task: str) -> Float[np.ndarray, "T1"]:

@@ -129,6 +129,37 @@ def test_windows_are_rows_of_the_whole_chain():
         np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[rows], err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("target", "completion", "returns_to_go", "flags"),
+    [
+        (5.0, "per_step", [5, 5, 4, 5, 2, 1], [0, 0, 0, 0, 0, 0]),
+        (3.0, "per_episode", [3, 3, 2, 3, 0, -1], [0, 0, 1, 0, 0, 1]),
+        (3.0, "per_step", [3, 3, 2, 3, 0, -1], [0, 0, 1, 1, 1, 1]),
+        # Nothing is asked for, and that is reached by doing nothing.
+        (0.0, "per_episode", [0, 0, -1, 0, -3, -4], [1, 0, 1, 0, 0, 1]),
+    ],
+)
+def test_a_target_that_is_given_is_asked_of_everyone(target, completion, returns_to_go, flags):
+    chain = build_chain(GIVEN, "task", completion=completion, target_return=target)
+    assert chain.target_return == target
+    np.testing.assert_array_equal(chain.return_to_go, returns_to_go)
+    np.testing.assert_array_equal(chain.completion, flags)
+    np.testing.assert_array_equal(chain.returns, [1, 3, 4])
+
+
+def test_trajectories_stay_in_the_order_given_where_that_is_asked_for():
+    windows = [slice(1, 3), slice(0, 1), slice(0, 2)]
+    chain = build_chain(GIVEN, "task", order="given", loss_on="last", completion="per_step", windows=windows)
+    np.testing.assert_array_equal(chain.observation[:, 0], [11, 12, 20, 30, 31])
+    np.testing.assert_array_equal(chain.episode, [0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(chain.returns, [4, 1, 3])
+    # The largest return of all is asked for, wherever its trajectory stands.
+    np.testing.assert_array_equal(chain.return_to_go, [1, 0, 4, 4, 3])
+    np.testing.assert_array_equal(chain.completion, [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(chain.loss_mask, [0, 0, 0, 1, 1])
+    check_equal(build_chain([WORST, MIDDLE, BEST], "task", order="given"), build_chain(GIVEN, "task"))
+
+
 def test_no_flag_per_episode_in_a_window_that_ends_before_its_episode():
     windows = [slice(0, 2), slice(0, 1), slice(0, 1)]
     assert not build_chain(GIVEN, "task", windows=windows).completion.any()
@@ -193,6 +224,8 @@ def test_errors_say_what_is_wrong():
         build_chain([], "task")
     with pytest.raises(ValueError, match=r"got 'other', and there is reward for: task"):
         build_chain(GIVEN, "other")
+    with pytest.raises(ValueError, match=r"own_return asks each trajectory for its own.*got target_return 5"):
+        build_chain(GIVEN, "task", relabel="own_return", target_return=5.0)
     for start, stop in ((1, 4), (-1, 1), (2, 2)):
         with pytest.raises(ValueError, match=rf"got steps {start} to {stop} of an episode of 3"):
             build_chain(GIVEN, "task", windows=[slice(start, stop), slice(0, 1), slice(0, 1)])
