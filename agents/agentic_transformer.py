@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from bpt_rl.agents.base import Params, Policy
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import FullContext, TrainConfig
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.policy import make_policy
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
@@ -52,6 +52,7 @@ class AgenticTransformer:
         *,
         num_episodes: int = 1,
         clear_context: bool = False,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
     ) -> Policy:
         """Returns the policy over chains of `num_episodes` episodes."""
@@ -62,5 +63,6 @@ class AgenticTransformer:
             self._normalizer,
             num_episodes=num_episodes,
             clear_context=clear_context,
+            full_context=full_context,
             sample_seed=sample_seed,
         )

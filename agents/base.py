@@ -1,11 +1,14 @@
 """What every agent and every policy offers; the rest of the package knows no more of them."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from bpt_rl.config import FullContext
+from bpt_rl.datasets.chains import Chain
 from bpt_rl.types import PackedBatch, Transition
 
 Params = Any
@@ -14,10 +17,23 @@ Params = Any
 
 @runtime_checkable
 class Policy(Protocol):
-    """Acts in B environments at once; all state lives in the carry, which is never changed in place."""
+    """Acts in B environments at once; all state lives in the carry, and a carry is used once."""
 
-    def start(self, num_environments: int) -> Any:
-        """Returns the carry before the first observation of B environments."""
+    def start(
+        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
+    ) -> Any:
+        """Returns the carry before the first observation of B environments.
+
+        Args:
+          num_environments: B.
+          context: Trajectories of a dataset that each environment's context begins with: one chain for each, all of
+            equally many; an unconditioned policy ignores them.
+          first_environment: Index of the first environment; those of a rollout in several parts count on. What a
+            policy draws at random depends on seed, index and number of the call alone.
+
+        Raises:
+          ValueError: If a context does not fit the environments, or the policy cannot take any.
+        """
 
     def act(
         self, carry: Any, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
@@ -52,14 +68,18 @@ class Agent(Protocol):
         *,
         num_episodes: int = 1,
         clear_context: bool = False,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
     ) -> Policy:
         """Returns a policy whose context holds `num_episodes` episodes.
 
         Args:
           params: From `init` or a checkpoint.
-          num_episodes: Episodes of a chain. More than these are refused, never silently cut.
-          clear_context: Forget everything at each episode's end: the memoryless control.
+          num_episodes: Episodes that the context holds, beside the trajectories it starts with.
+          clear_context: Forget, at each episode's end, all but the trajectories the context started with: the
+            memoryless control.
+          full_context: What happens to more: `refuse` them, or `drop_oldest`: forget the oldest whole trajectories,
+            given or played, before an episode that might not fit. Nothing is ever cut silently.
           sample_seed: Draw actions from the Gaussian head with this seed; their mean if None.
 
         Raises:

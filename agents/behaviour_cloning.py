@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from bpt_rl.agents.base import Params
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import FullContext, TrainConfig
+from bpt_rl.datasets.chains import Chain
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import ActionDistribution, action_loss
 from bpt_rl.nn.transformer import ACTIVATIONS
@@ -78,14 +80,15 @@ class BehaviourCloning:
         *,
         num_episodes: int = 1,
         clear_context: bool = False,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
     ) -> "CloningPolicy":
-        """Returns the policy; it has no context, so neither number of episodes nor clearing matters.
+        """Returns the policy; it has no context, so nothing that is said of one matters.
 
         Raises:
           ValueError: If actions are to be drawn.
         """
-        del num_episodes, clear_context
+        del num_episodes, clear_context, full_context
         if sample_seed is not None:
             raise ValueError(
                 "Drawing actions needs a Gaussian head; behaviour cloning has none. Evaluate it without --sample."
@@ -101,9 +104,11 @@ class CloningPolicy:
         self._params = params
         self._normalizer = normalizer
 
-    def start(self, num_environments: int) -> tuple[()]:
+    def start(
+        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
+    ) -> tuple[()]:
         """Returns the empty carry."""
-        del num_environments
+        del num_environments, context, first_environment
         return ()
 
     def act(

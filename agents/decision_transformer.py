@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from bpt_rl.agents.base import Params, Policy
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import FullContext, TrainConfig
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.policy import make_policy
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
@@ -50,10 +50,11 @@ class DecisionTransformer:
         *,
         num_episodes: int = 1,
         clear_context: bool = False,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
     ) -> Policy:
-        """Returns the policy; its context is cleared at each episode's end whatever is asked."""
-        del num_episodes, clear_context
+        """Returns the policy; at each episode's end it forgets what it played, whatever is asked."""
+        del num_episodes, clear_context, full_context
         return make_policy(
             self._graph,
             params,
@@ -61,5 +62,6 @@ class DecisionTransformer:
             self._normalizer,
             num_episodes=1,
             clear_context=True,
+            full_context="refuse",
             sample_seed=sample_seed,
         )

@@ -10,6 +10,7 @@ from bpt_rl.config_checks import not_negative, positive
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
+FullContext = Literal["refuse", "drop_oldest"]
 Place = Literal["auto", "accelerator", "host", "stream"]
 
 

@@ -1,6 +1,7 @@
 """A trajectory model acting in environments, one forward pass of one step's tokens a step."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,32 +10,32 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from bpt_rl.datasets.chains import completions
+from bpt_rl.config import FullContext
+from bpt_rl.datasets.chains import Chain, completions
+from bpt_rl.nn.context_steps import ChainEnd, empty_steps, end_of, forget_oldest, write_chains
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
-from bpt_rl.types import LAYOUTS
+from bpt_rl.types import LAYOUTS, PackedBatch
 
 
 class CachedCarry(NamedTuple):
-    """A chain so far, for B environments. `act` takes over the cache: use each carry once."""
+    """A chain so far, for B environments. `act` takes over the cache and the record: use each carry once."""
 
     cache: KeyValueCache
-    num_calls: int
-    """Actions taken since the start; each draws its own noise."""
-    num_steps: Int[np.ndarray, "B"]
-    """Steps in the context."""
-    is_cleared: Bool[np.ndarray, "B"]
-    """Where the context is to be forgotten before the next action."""
-    previous_action: Float[np.ndarray, "B A"]
-    previous_reward: Float[np.ndarray, "B"]
-    previous_completion: Float[np.ndarray, "B"]
-    previous_step: Int[np.ndarray, "B"]
-    previous_episode: Int[np.ndarray, "B"]
-    step: Int[np.ndarray, "B"]
-    episode: Int[np.ndarray, "B"]
+    end: ChainEnd
+    origin: ChainEnd
+    """The end of what the context began with: where a cleared one goes back to."""
+    capacity: int
+    """Most steps of a context."""
+    record: PackedBatch | None
+    """Every step of the contexts in raw units, where some may have to be forgotten."""
     return_to_go: Float[np.ndarray, "B"]
     """Unscaled, as last given to `act`."""
+    num_calls: int
+    """Actions taken since the start; each draws its own noise."""
+    environments: Int[np.ndarray, "B"]
+    """Indices, each of which draws its own noise."""
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -42,17 +43,26 @@ def _decode(
     graph: nnx.GraphDef[Any],
     params: Any,
     cache: KeyValueCache,
-    is_cleared: jax.Array,
+    length: jax.Array,
     inputs: Step,
-    key: jax.Array | None,
+    noise: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[KeyValueCache, jax.Array]:
-    model = nnx.merge(graph, params)
-    cache = cache._replace(length=jnp.where(is_cleared, 0, cache.length))
-    action, cache = model.decode(inputs, cache)
-    if key is None:
-        return cache, action.mean
-    noise = jax.random.normal(key, action.mean.shape)
-    return cache, jnp.clip(action.mean + jnp.exp(action.log_std) * noise, -1, 1)
+    # The caller counts the tokens: to clear a context is to forget how many they were.
+    action, cache = nnx.merge(graph, params).decode(inputs, cache._replace(length=length))
+    return cache, action.mean if noise is None else action.drawn(*noise)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(
+    graph: nnx.GraphDef[Any],
+    params: Any,
+    cache: KeyValueCache,
+    batch: PackedBatch,
+    rows: jax.Array,
+    num_steps: jax.Array,
+) -> KeyValueCache:
+    filled: KeyValueCache = nnx.merge(graph, params).prefill(batch, cache, rows, num_steps)
+    return filled
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -72,11 +82,17 @@ def _grow(cache: KeyValueCache, num_more: int) -> KeyValueCache:
 
 
 class CachedPolicy:
-    """Policy of a trajectory model; its actions are those of the full forward pass over the chain so far.
+    """Policy of a trajectory model; its actions are those of the full forward pass over the context so far.
+
+    The context may begin with trajectories of a dataset: these are put into the cache by one forward pass.
 
     Each step reads the whole cache, so the cache is not made as long as the chain: it starts small and doubles
     when the longest context fills it, up to the chain's length. A long chain so reads a third less, for one
     compilation a size; caches that always fit would save half, and compile at every step.
+
+    A context that is full is refused, or its oldest trajectories are forgotten, whole, before an episode that might
+    not fit. What is left is then put into the cache anew. To move the cache up would be cheaper and another thing:
+    keys and values of the layers above the first would still know of what was forgotten.
     """
 
     def __init__(
@@ -88,6 +104,7 @@ class CachedPolicy:
         num_episodes: int,
         clear_context: bool,
         completion: str,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
         first_capacity: int = 4096,
     ) -> None:
@@ -97,9 +114,10 @@ class CachedPolicy:
           graph: Of a `TrajectoryModel`.
           params: Its parameters.
           normalizer: Of its training data.
-          num_episodes: Episodes the context holds; one where it is cleared.
-          clear_context: Forget everything at each episode's end.
+          num_episodes: Episodes the context holds beside the trajectories it starts with; one where it is cleared.
+          clear_context: Forget, at each episode's end, everything but the trajectories it started with.
           completion: `per_episode` or `per_step`, as in training.
+          full_context: `refuse` a step that does not fit, or `drop_oldest` trajectories, played or given.
           sample_seed: Draw actions from the Gaussian head; their mean if None.
           first_capacity: Tokens of the smallest cache, unless the whole context needs fewer.
         """
@@ -111,37 +129,109 @@ class CachedPolicy:
         self._completion = completion
         self._model = nnx.merge(graph, params)
         self._tokens_per_step = LAYOUTS[self._model.config.layout]
-        self._num_steps: int = (1 if clear_context else num_episodes) * self._model.episode_steps
+        self._num_episodes = 1 if clear_context else num_episodes
+        self._drops = full_context == "drop_oldest" and not clear_context
         self._first_steps = -(-first_capacity // self._tokens_per_step)
 
-    def _capacity(self, num_steps: int) -> int:
+    def start(
+        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
+    ) -> CachedCarry:
+        """Returns the carry of contexts that hold the given trajectories, or nothing.
+
+        Args:
+          num_environments: B.
+          context: A chain for each environment, all of equally many whole trajectories.
+          first_environment: Index of the first environment; those of a rollout in several parts count on.
+
+        Raises:
+          ValueError: If chains are too few or too many, differ in their number of trajectories, or hold an episode
+            longer than any of the training data.
+        """
+        chains = () if context is None else tuple(context)
+        if context is not None:
+            self._check(chains, num_environments)
+        num_trajectories = len(chains[0].returns) if chains else 0
+        capacity = (num_trajectories + self._num_episodes) * self._model.episode_steps
+        longest = max([1, *(chain.num_steps for chain in chains)])
+        record = empty_steps(
+            num_environments,
+            capacity if self._drops else longest,
+            observation_dim=len(self._normalizer.observation_mean),
+            action_dim=self._model.action_dim,
+        )
+        num_steps = write_chains(record, chains) if chains else np.zeros(num_environments, np.int32)
+        end, environments = end_of(record, num_steps), np.arange(num_environments, dtype=np.int32)
+        cache = self._model.init_cache(
+            num_environments, self._capacity(int(num_steps.max(initial=0)) + 1, capacity)
+        )
+        return CachedCarry(
+            cache=self._filled(cache, record, np.arange(len(chains)), num_steps),
+            end=end,
+            origin=end,
+            capacity=capacity,
+            record=record if self._drops else None,
+            return_to_go=np.zeros(num_environments),
+            num_calls=0,
+            environments=environments + first_environment,
+        )
+
+    def _check(self, chains: Sequence[Chain], num_environments: int) -> None:
+        counts = sorted({len(chain.returns) for chain in chains})
+        if len(chains) != num_environments or len(counts) != 1:
+            raise ValueError(
+                "A context must be one chain an environment, all of equally many trajectories; got "
+                f"{len(chains)} chains of {counts} trajectories for {num_environments} environments. Draw one for each."
+            )
+        for chain in chains:
+            self._model.check_steps(chain.step)
+
+    def _filled(
+        self,
+        cache: KeyValueCache,
+        record: PackedBatch,
+        rows: Int[np.ndarray, "contexts"],
+        num_steps: Int[np.ndarray, "B"],
+    ) -> KeyValueCache:
+        """Returns the cache with the recorded steps of some rows, and of the others what it held."""
+        if not rows.size:
+            return cache
+        # Whole episodes, so that few lengths are ever compiled.
+        episode_steps = self._model.episode_steps
+        length = -(-int(num_steps[rows].max()) // episode_steps) * episode_steps
+        widths = ((0, 0), (0, max(0, length - record.step.shape[1])))
+
+        def part(values: np.ndarray) -> np.ndarray:
+            return np.pad(values[rows, :length], widths + ((0, 0),) * (values.ndim - 2))
+
+        batch = self._normalizer(PackedBatch(*map(part, record)))
+        batch = batch._replace(segment_ids=None)
+        filled: KeyValueCache = _prefill(self._graph, self._params, cache, batch, rows, num_steps[rows])
+        return filled
+
+    def _capacity(self, num_steps: int, most: int) -> int:
         """Returns the steps of the smallest cache that holds so many."""
         capacity = self._first_steps
         while capacity < num_steps:
             capacity *= 2
-        return min(capacity, self._num_steps)
+        return min(capacity, most)
 
-    def _with_room(self, cache: KeyValueCache, num_steps: int) -> KeyValueCache:
-        num_more = self._capacity(num_steps) * self._tokens_per_step - cache.keys[0].shape[2]
+    def _with_room(self, cache: KeyValueCache, num_steps: int, most: int) -> KeyValueCache:
+        num_more = self._capacity(num_steps, most) * self._tokens_per_step - cache.keys[0].shape[2]
         return _grow(cache, num_more) if num_more > 0 else cache
 
-    def start(self, num_environments: int) -> CachedCarry:
-        """Returns the carry of empty contexts."""
-        zeros = np.zeros(num_environments, np.float32)
-        indices = np.zeros(num_environments, np.int32)
-        return CachedCarry(
-            cache=self._model.init_cache(num_environments, self._capacity(1)),
-            num_calls=0,
-            num_steps=indices,
-            is_cleared=np.zeros(num_environments, bool),
-            previous_action=np.zeros((num_environments, self._model.action_dim), np.float32),
-            previous_reward=zeros,
-            previous_completion=zeros,
-            previous_step=indices,
-            previous_episode=indices,
-            step=indices,
-            episode=indices,
-            return_to_go=np.zeros(num_environments),
+    def _with_space(self, carry: CachedCarry) -> CachedCarry:
+        """Returns the carry without the oldest trajectories where an episode begins that might not fit."""
+        end, record, most = carry.end, carry.record, carry.capacity - self._model.episode_steps
+        is_full = (end.step == 0) & (end.num_steps > most)
+        if record is None or not is_full.any():
+            return carry
+        num_steps = end.num_steps.copy()
+        for row in np.flatnonzero(is_full).tolist():
+            num_steps[row] = forget_oldest(record, row, int(num_steps[row]), most)
+        rows = np.flatnonzero(is_full & (num_steps > 0))
+        return carry._replace(
+            cache=self._filled(carry.cache, record, rows, num_steps),
+            end=_where(is_full, end_of(record, num_steps), end),
         )
 
     def act(
@@ -150,42 +240,51 @@ class CachedPolicy:
         """Returns the next carry and the action: mean or sample.
 
         Raises:
-          ValueError: If a context is full, since nothing is ever dropped from it, or an episode is longer than any
-            of the data.
+          ValueError: If a context is full and nothing may be dropped from it, or an episode is longer than any of
+            the data.
         """
-        num_steps = np.where(carry.is_cleared, 0, carry.num_steps) + 1
-        if num_steps.max() > self._num_steps:
+        self._model.check_steps(carry.end.step)
+        carry = self._with_space(carry)
+        end = carry.end
+        num_steps = end.num_steps + 1
+        if num_steps.max() > carry.capacity:
             raise ValueError(
-                f"The context must hold every step of its chain; it holds {self._num_steps} and step "
-                f"{num_steps.max()} came. Make the policy with a larger num_episodes."
+                f"The context must hold every step of its chain; it holds {carry.capacity} and step "
+                f"{num_steps.max()} came. Make the policy with a larger num_episodes, or let it drop_oldest."
             )
-        self._model.check_steps(carry.step)
-        normalizer = self._normalizer
         asked = np.asarray(return_to_go, np.float64)
-        inputs = Step(
-            previous_action=carry.previous_action,
-            previous_reward=carry.previous_reward / np.float32(normalizer.reward_scale),
-            previous_completion=carry.previous_completion,
-            previous_step=carry.previous_step,
-            previous_episode=carry.previous_episode,
-            return_to_go=(asked / normalizer.return_scale).astype(np.float32),
-            observation=(observation - normalizer.observation_mean) / normalizer.observation_std,
-            step=carry.step,
-            episode=carry.episode,
-        )
-        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
-        cache = self._with_room(carry.cache, int(num_steps.max()))
-        cache, drawn = _decode(self._graph, self._params, cache, carry.is_cleared, inputs, key)
+        inputs = self._inputs(end, observation, asked)
+        key = self._key
+        noise = None if key is None else (jax.random.fold_in(key, carry.num_calls), carry.environments)
+        cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
+        length = end.num_steps * np.int32(self._tokens_per_step)
+        cache, drawn = _decode(self._graph, self._params, cache, length, inputs, noise)
         action = np.asarray(drawn)
+        now = {"observation": observation, "action": action, "return_to_go": asked}
+        _write(carry.record, end.num_steps, now | {"step": end.step, "episode": end.episode})
         carry = carry._replace(
             cache=cache,
-            num_calls=carry.num_calls + 1,
-            num_steps=num_steps,
-            is_cleared=np.zeros_like(carry.is_cleared),
-            previous_action=action,
+            end=end._replace(num_steps=num_steps, previous_action=action),
             return_to_go=asked,
+            num_calls=carry.num_calls + 1,
         )
         return carry, action
+
+    def _inputs(
+        self, end: ChainEnd, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
+    ) -> Step:
+        normalizer = self._normalizer
+        return Step(
+            previous_action=end.previous_action,
+            previous_reward=end.previous_reward / np.float32(normalizer.reward_scale),
+            previous_completion=end.previous_completion,
+            previous_step=end.previous_step,
+            previous_episode=end.previous_episode,
+            return_to_go=(return_to_go / normalizer.return_scale).astype(np.float32),
+            observation=(observation - normalizer.observation_mean) / normalizer.observation_std,
+            step=end.step,
+            episode=end.episode,
+        )
 
     def observe(
         self, carry: CachedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
@@ -198,26 +297,27 @@ class CachedPolicy:
             scale=self._normalizer.return_scale,
             completion=self._completion,
         )
-        carry = carry._replace(
+        end = carry.end
+        _write(carry.record, end.num_steps - 1, {"reward": reward, "completion": reached})
+        end = end._replace(
             previous_reward=reward.astype(np.float32),
             previous_completion=reached.astype(np.float32),
-            previous_step=carry.step,
-            previous_episode=carry.episode,
-            step=np.where(done, 0, carry.step + 1).astype(np.int32),
-            episode=(carry.episode + done).astype(np.int32),
+            previous_step=end.step,
+            previous_episode=end.episode,
+            step=np.where(done, 0, end.step + 1).astype(np.int32),
+            episode=(end.episode + done).astype(np.int32),
         )
-        return self._forget(carry, done) if self._clear_context else carry
+        return carry._replace(end=_where(done, carry.origin, end) if self._clear_context else end)
 
-    def _forget(self, carry: CachedCarry, done: Bool[np.ndarray, "B"]) -> CachedCarry:
-        def clear(x: np.ndarray) -> np.ndarray:
-            return np.where(done.reshape(done.shape + (1,) * (x.ndim - 1)), 0, x).astype(x.dtype)
 
-        return carry._replace(
-            is_cleared=done.copy(),
-            previous_action=clear(carry.previous_action),
-            previous_reward=clear(carry.previous_reward),
-            previous_completion=clear(carry.previous_completion),
-            previous_step=clear(carry.previous_step),
-            previous_episode=clear(carry.previous_episode),
-            episode=clear(carry.episode),
-        )
+def _write(record: PackedBatch | None, place: Int[np.ndarray, "B"], values: Mapping[str, np.ndarray]) -> None:
+    if record is not None:
+        for name, value in values.items():
+            getattr(record, name)[np.arange(len(place)), place] = value
+
+
+def _where(is_first: Bool[np.ndarray, "B"], first: ChainEnd, second: ChainEnd) -> ChainEnd:
+    def choose(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.where(is_first.reshape(is_first.shape + (1,) * (one.ndim - 1)), one, other)
+
+    return ChainEnd(*map(choose, first, second))

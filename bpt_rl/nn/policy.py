@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import FullContext, TrainConfig
 from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import TrajectoryModel
@@ -19,6 +19,7 @@ def make_policy(
     *,
     num_episodes: int,
     clear_context: bool,
+    full_context: FullContext,
     sample_seed: int | None,
 ) -> CachedPolicy | WindowedPolicy:
     """Returns a cached policy over whole episodes, or a windowed one for a model trained on windows.
@@ -48,5 +49,6 @@ def make_policy(
         num_episodes=num_episodes,
         clear_context=clear_context,
         completion=completion,
+        full_context=full_context,
         sample_seed=sample_seed,
     )

@@ -22,6 +22,12 @@ class ActionDistribution(NamedTuple):
     log_std: Float[jax.Array, "*batch A"]
     """Of a Gaussian around the mean; meaningless to a deterministic head."""
 
+    def drawn(self, key: jax.Array, environments: Int[Any, "B"]) -> Float[jax.Array, "B A"]:
+        """Returns one action for each of B environments, in [-1, 1]; its noise depends on key and environment alone."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, environments)
+        noise = jax.vmap(lambda key: jax.random.normal(key, self.mean.shape[1:]))(keys)
+        return jnp.clip(self.mean + jnp.exp(self.log_std) * noise, -1, 1)
+
 
 class Step(NamedTuple):
     """What one decoding step feeds in, in the model's units: the last step's outcome and this step's state."""
@@ -198,6 +204,26 @@ class TrajectoryModel(nnx.Module):
         x, cache = self.transformer.decode(self.embed_norm(jnp.stack(tokens, axis=1)), cache, self.num_dummy)
         distribution = self._read(x[:, -1:])
         return ActionDistribution(distribution.mean[:, 0], distribution.log_std[:, 0]), cache
+
+    def prefill(
+        self,
+        batch: PackedBatch,
+        cache: KeyValueCache,
+        rows: Int[Any, "contexts"],
+        num_steps: Int[Any, "contexts"],
+    ) -> KeyValueCache:
+        """Returns the cache as decoding the first `num_steps` steps of each row of a normalised batch leaves it.
+
+        The last step's tokens that only its outcome completes are not among them: the next step brings these.
+
+        Args:
+          batch: Contexts, one a row, padding behind each.
+          cache: To be filled; donate it.
+          rows: Which rows of the cache the contexts go to, ascending.
+          num_steps: Steps of each context.
+        """
+        num_tokens = jnp.asarray(num_steps) * LAYOUTS[self.config.layout]
+        return self.transformer.prefill(self.embed(batch), cache, rows, num_tokens, self.num_dummy)
 
 
 def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:

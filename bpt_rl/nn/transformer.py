@@ -166,6 +166,25 @@ class Block(nnx.Module):
         x = x + drop(self.output(attended), self.config.dropout, keys[0])
         return x + drop(self.feedforward(x), self.config.dropout, keys[1])
 
+    def prefill(
+        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"]
+    ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B S H_kv K"], Float[jax.Array, "B S H_kv K"]]:
+        """Returns the stream after this block, and its tokens' keys and values as a cache holds them."""
+        config = self.config
+        query, key, value = self.project(x, positions, self.kernels())
+        attended = dot_product_attention(
+            query,
+            key,
+            value,
+            # A model that was trained with cudnn may act where there is none.
+            implementation="auto" if config.implementation == "cudnn" else config.implementation,
+            query_chunk_size=config.query_chunk_size,
+            key_chunk_size=config.key_chunk_size,
+        )
+        inputs = (x, attended.reshape(*x.shape[:2], -1))
+        stream: jax.Array = blockwise_map(self._residuals, inputs, config.feedforward_chunk_size)
+        return stream, key, value
+
     def decode(
         self,
         x: Float[jax.Array, "B S D"],
@@ -278,3 +297,43 @@ class Transformer(nnx.Module):
             values.append(value)
         length = cache.length + x.shape[1]
         return self.norm(x), KeyValueCache(tuple(keys), tuple(values), length)
+
+    def prefill(
+        self,
+        x: Float[jax.Array, "contexts S D"],
+        cache: KeyValueCache,
+        rows: Int[Any, "contexts"],
+        num_tokens: Int[Any, "contexts"],
+        num_dummy: int = 0,
+    ) -> KeyValueCache:
+        """Returns the cache as decoding the tokens step by step would have left it, for one pass over all of them.
+
+        Attention is the model's own and the feedforward goes chunk by chunk, as in training: nothing grows with the
+        square of S, nor with S times the feedforward's width.
+
+        Args:
+          x: Token embeddings of contexts that begin anew, padding behind each.
+          cache: To be filled; donate it, and each layer is written in place.
+          rows: Which rows of the cache the contexts go to, ascending; the others stay as they are.
+          num_tokens: Tokens that each row is to hold, dummies included; slots behind them hold padding until
+            decoding overwrites it, and no earlier token sees them.
+          num_dummy: First slots of the cache, which no token may see; the first of `x` goes behind them.
+        """
+        graph, stacked = nnx.split(self.blocks)
+        x = x.astype(self.config.compute_dtype)
+        positions = jnp.broadcast_to(num_dummy + jnp.arange(x.shape[1]), x.shape[:2])
+        num_kept = min(x.shape[1], cache.keys[0].shape[2] - num_dummy)
+
+        def written(cached: jax.Array, new: jax.Array) -> jax.Array:
+            kept = new[:, :num_kept].swapaxes(1, 2).astype(cached.dtype)
+            place = cached.at[rows, :, num_dummy : num_dummy + num_kept]
+            return place.set(kept, indices_are_sorted=True, unique_indices=True)
+
+        keys, values = [], []
+        # As in `decode`. Nothing reads what leaves the last layer, so its attention is not computed.
+        for i in range(self.config.num_layers):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            x, key, value = block.prefill(x, positions)
+            keys.append(written(cache.keys[i], key))
+            values.append(written(cache.values[i], value))
+        return KeyValueCache(tuple(keys), tuple(values), cache.length.at[rows].set(num_tokens))

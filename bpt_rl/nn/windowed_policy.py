@@ -1,6 +1,7 @@
 """A trajectory model that was trained on windows of one trajectory, acting on the last window of its episode."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from bpt_rl.datasets.chains import completions
+from bpt_rl.datasets.chains import Chain, completions
+from bpt_rl.nn.context_steps import empty_steps
 from bpt_rl.nn.normalization import Normalizer
-from bpt_rl.nn.trajectory_model import TrajectoryModel
+from bpt_rl.nn.trajectory_model import ActionDistribution, TrajectoryModel
 from bpt_rl.types import PackedBatch
 
 
@@ -25,6 +27,8 @@ class WindowedCarry(NamedTuple):
     return_to_go: Float[np.ndarray, "B"]
     num_calls: int
     """Actions taken since the start; each draws its own noise."""
+    environments: Int[np.ndarray, "B"]
+    """Indices, each of which draws its own noise."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -33,13 +37,13 @@ def _last_action(
     params: Any,
     window: PackedBatch,
     last: jax.Array,
-    key: jax.Array | None,
+    noise: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     predicted = nnx.merge(graph, params)(window)
-    mean, log_std = (jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
-    if key is None:
-        return mean
-    return jnp.clip(mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape), -1, 1)
+    action = ActionDistribution(
+        *(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
+    )
+    return action.mean if noise is None else action.drawn(*noise)
 
 
 class WindowedPolicy:
@@ -76,23 +80,34 @@ class WindowedPolicy:
         self._completion = completion
         self._model = nnx.merge(graph, params)
 
-    def start(self, num_environments: int) -> WindowedCarry:
-        """Returns the carry of empty windows."""
-        place = (num_environments, self._num_steps)
-        zeros, indices = np.zeros(place, np.float32), np.zeros(place, np.int32)
-        window = PackedBatch(
-            observation=np.zeros((*place, len(self._normalizer.observation_mean)), np.float32),
-            action=np.zeros((*place, self._model.action_dim), np.float32),
-            reward=zeros,
-            return_to_go=zeros,
-            completion=zeros,
-            step=indices,
-            episode=indices,
-            segment_ids=indices,
-            loss_mask=zeros,
+    def start(
+        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
+    ) -> WindowedCarry:
+        """Returns the carry of empty windows.
+
+        Raises:
+          ValueError: If there is a context: training never showed another episode.
+        """
+        if context is not None:
+            raise ValueError(
+                "Trajectories can be given as context to a model of whole episodes only; got some for one that was "
+                f"trained on windows of {self._num_steps} steps. Evaluate it without, or train with window 0."
+            )
+        window = empty_steps(
+            num_environments,
+            self._num_steps,
+            observation_dim=len(self._normalizer.observation_mean),
+            action_dim=self._model.action_dim,
         )
         start = np.zeros(num_environments, np.int32)
-        return WindowedCarry(window, start, start, np.zeros(num_environments), num_calls=0)
+        return WindowedCarry(
+            window=window,
+            num_filled=start,
+            step=start,
+            return_to_go=np.zeros(num_environments),
+            num_calls=0,
+            environments=np.arange(num_environments, dtype=np.int32) + first_environment,
+        )
 
     def act(
         self,
@@ -115,10 +130,14 @@ class WindowedPolicy:
         for name, value in now.items():
             fields[name][rows, last] = value
         window = PackedBatch(**fields)
-        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
-        action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, key))
+        key = self._key
+        noise = None if key is None else (jax.random.fold_in(key, carry.num_calls), carry.environments)
+        action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, noise))
         window.action[rows, last] = action
-        return WindowedCarry(window, last + 1, carry.step, asked, carry.num_calls + 1), action
+        carry = carry._replace(
+            window=window, num_filled=last + 1, return_to_go=asked, num_calls=carry.num_calls + 1
+        )
+        return carry, action
 
     def observe(
         self, carry: WindowedCarry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]
@@ -139,7 +158,7 @@ class WindowedPolicy:
             values[done] = 0
         num_filled = np.where(done, 0, carry.num_filled).astype(np.int32)
         step = np.where(done, 0, carry.step + 1).astype(np.int32)
-        return WindowedCarry(PackedBatch(**fields), num_filled, step, carry.return_to_go, carry.num_calls)
+        return carry._replace(window=PackedBatch(**fields), num_filled=num_filled, step=step)
 
 
 def _shifted(values: Any, is_full: Bool[np.ndarray, "B"]) -> np.ndarray:

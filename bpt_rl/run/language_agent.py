@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from bpt_rl.agents.base import Params, Policy
-from bpt_rl.config import ModelConfig
+from bpt_rl.config import FullContext, ModelConfig
 from bpt_rl.nn.language_model import LanguageModel
 from bpt_rl.types import PackedBatch
 
@@ -47,6 +47,7 @@ class LanguageAgent:
         *,
         num_episodes: int = 1,
         clear_context: bool = False,
+        full_context: FullContext = "refuse",
         sample_seed: int | None = None,
     ) -> Policy:
         """Refuses: there are no actions.

@@ -219,7 +219,7 @@ def test_a_step_is_written_into_the_cache_that_was_given(make):
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, 2**20))
     row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
     inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
-    compiled = cached_policy._decode.lower(graph, params, cache, index > 0, inputs, None).compile()
+    compiled = cached_policy._decode.lower(graph, params, cache, index, inputs, None).compile()
     memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
     num_bytes = 4 * arrays[0].size
     assert memory.alias_size_in_bytes >= num_bytes * len(arrays)
