@@ -11,11 +11,29 @@ from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float, Float32, Int
 
 from bpt_rl.envs import tasks
-from bpt_rl.envs.simulators import Simulators
+from bpt_rl.envs.episodes import EpisodeGroup, GroupPlan, Moment, Part
+from bpt_rl.envs.shared_arrays import Board
+from bpt_rl.envs.simulators import Message, Simulators
+
+Step = tuple[
+    Float32[np.ndarray, "N O"],
+    Float[np.ndarray, "N"],
+    Bool[np.ndarray, "N"],
+    Bool[np.ndarray, "N"],
+    dict[str, Any],
+]
+"""Observation, reward, termination (never), truncation and infos."""
+
+ALL = Part()
 
 
 class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """See `bpt_rl.envs.tasks.make_vector`."""
+    """See `bpt_rl.envs.tasks.make_vector`.
+
+    Beside gymnasium's `reset` and `step`, environments can be brought to any moment of any episode (`begin`), and a
+    part of them can step while another one does not (`send`, `receive`). A process that dies is replaced: the actions
+    that its running episodes have had are played again.
+    """
 
     def __init__(
         self, task: str, num_environments: int, seed: int, *, action_repeat: int, num_workers: int
@@ -29,9 +47,26 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (domain.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_environments)
         self.action_space = batch_space(self.single_action_space, num_environments)
+        self._seed = seed
         self._needs_reset = True
-        make = functools.partial(_Group, task, _seeds(seed, num_environments), action_repeat)
-        self._simulators = Simulators(make, num_environments, num_workers)
+        self._pending: list[Part] = []
+        self._episode = np.full(num_environments, -1)
+        self._played: list[list[Float[np.ndarray, "A"]]] = [[] for _ in range(num_environments)]
+        board = Board.make(
+            num_environments, observation_dim=domain.observation_dim, action_dim=domain.action_dim
+        )
+        self._action, self._observation = board.action.array, board.observation.array
+        self._final, self._reward, self._done = (
+            board.final_observation.array,
+            board.reward.array,
+            board.done.array,
+        )
+        plan = GroupPlan(
+            task=task, action_repeat=action_repeat, board=board, num_environments=num_environments
+        )
+        self._simulators = Simulators(
+            functools.partial(EpisodeGroup, plan), num_environments, num_workers, revival=self._revival
+        )
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -39,7 +74,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Returns the first observation of a new episode in every environment.
 
         Args:
-          seed: Starts every environment anew from (seed, i); None goes on drawing.
+          seed: Starts every environment with its first episode of this seed; None goes on to the next episodes.
           options: There are none.
 
         Raises:
@@ -49,76 +84,118 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError(
                 f"reset takes one integer seed and no options; got {seed!r} and {options!r}. Leave them out."
             )
-        seeds = [None] * self.num_envs if seed is None else _seeds(seed, self.num_envs)
-        self._simulators.send("reset", [[seeds[i] for i in group] for group in self._simulators.groups])
-        self._needs_reset = False
-        return np.concatenate(self._simulators.receive()), {}
+        episode = self._episode + 1 if seed is None else np.zeros_like(self._episode)
+        return self.begin(self._seed if seed is None else seed, episode), {}
 
-    def step(
-        self, actions: Float[np.ndarray, "N A"]
-    ) -> tuple[
-        Float32[np.ndarray, "N O"],
-        Float[np.ndarray, "N"],
-        Bool[np.ndarray, "N"],
-        Bool[np.ndarray, "N"],
-        dict[str, Any],
-    ]:
+    def begin(
+        self,
+        seed: int,
+        episode: Int[np.ndarray, "N"],
+        played: Sequence[Float[np.ndarray, "t A"]] | None = None,
+    ) -> Float32[np.ndarray, "N O"]:
+        """Returns the observation of every environment in an episode of its own.
+
+        Args:
+          seed: Of the start states.
+          episode: Index of each environment's episode; it starts from (seed, environment, episode) alone.
+          played: Actions that each environment's episode has had; none means it just begins.
+        """
+        while self._pending:
+            self.receive(self._pending[0])
+        self._seed, self._episode = seed, np.array(episode)
+        self._played = [list(actions) for actions in played] if played else [[] for _ in self._episode]
+        self._simulators.send("begin", [self._moments(group) for group in self._simulators.groups])
+        self._simulators.receive()
+        self._needs_reset = False
+        return self._observation.copy()
+
+    def step(self, actions: Float[np.ndarray, "N A"]) -> Step:
         """Returns observation, reward, termination (never), truncation and infos after actions in [-1, 1].
+
+        Infos hold `final_obs` where episodes end, and `failure`, the reason, where the simulator ended one.
 
         Raises:
           ValueError: If the actions do not fit the action space or are not finite.
-          RuntimeError: If the simulator fails; every process is then closed.
+          RuntimeError: If a process fails, or dies again and again; every process is then closed.
+        """
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: Float[np.ndarray, "n A"], part: Part = ALL) -> None:
+        """Takes a step in a part of the environments and does not wait for it; `receive` must follow.
+
+        Raises:
+          ValueError: If the actions do not fit the action space or are not finite.
         """
         if self._needs_reset:
             raise gymnasium.error.ResetNeeded(
                 "A vector environment must be reset before its first step. Call reset()."
             )
-        if actions.shape != self.action_space.shape or not np.isfinite(actions).all():
+        expected = (len(part.environments(self.num_envs)), self._action.shape[1])
+        if actions.shape != expected or not np.isfinite(actions).all():
             raise ValueError(
-                f"actions must be finite and of shape {self.action_space.shape}; got shape "
+                f"actions must be finite and of shape {expected}; got shape "
                 f"{actions.shape} with {np.sum(~np.isfinite(actions))} not finite. Check the policy."
             )
-        self._simulators.send("step", [actions[group] for group in self._simulators.groups])
-        observation, reward, done, final = (
-            np.concatenate(parts) for parts in zip(*self._simulators.receive(), strict=True)
-        )
-        infos: dict[str, Any] = {}
-        if done.any():
-            final_obs = np.full(self.num_envs, None, dtype=object)
-            for i in np.flatnonzero(done):
-                final_obs[i] = final[i]
-            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
-        return observation, reward, np.zeros(self.num_envs, np.bool_), done, infos
+        self._action[part.first :: part.stride] = actions
+        self._pending.append(part)
+        for k in self._workers_of(part):
+            self._simulators.send_to(k, "step", part)
+
+    def receive(self, part: Part = ALL) -> Step:
+        """Returns what the step of a part has led to; parts are received in the order they were sent."""
+        failures: dict[int, str] = {}
+        for k in self._workers_of(part):
+            failures |= self._simulators.receive_from(k)
+        self._pending.remove(part)
+        members = part.environments(self.num_envs)
+        done = self._done[members]
+        for i, is_done in zip(members, done, strict=True):
+            if is_done:
+                self._played[i] = []
+                self._episode[i] += 1
+            else:
+                self._played[i].append(self._action[i].copy())
+        infos = _infos(done, self._final[members], [failures.get(int(i), "") for i in members])
+        never = np.zeros(len(members), np.bool_)
+        return self._observation[members], self._reward[members], never, done, infos
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the simulator processes."""
         self._simulators.close()
 
+    def _workers_of(self, part: Part) -> list[int]:
+        groups = self._simulators.groups
+        return [k for k, group in enumerate(groups) if (group % part.stride == part.first).any()]
 
-def _seeds(seed: int, num_environments: int) -> list[int]:
-    return [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(num_environments)]
+    def _moments(self, group: Int[np.ndarray, "n"]) -> list[Moment]:
+        return [
+            Moment(
+                int(i),
+                self._seed,
+                int(self._episode[i]),
+                np.array(self._played[i]).reshape(-1, self._action.shape[1]),
+            )
+            for i in group
+        ]
+
+    def _revival(self, k: int) -> Message:
+        return "begin", self._moments(self._simulators.groups[k])
 
 
-class _Group:
-    """The environments of one process."""
-
-    def __init__(self, task: str, seeds: list[int], action_repeat: int, group: Int[np.ndarray, "n"]) -> None:
-        self._environments = [tasks.make(task, seeds[i], action_repeat) for i in group]
-
-    def __call__(self, command: str, payload: Any) -> Any:
-        if command == "step":
-            return _step(self._environments, payload)
-        for environment, seed in zip(self._environments, payload, strict=True):
-            if seed is not None:
-                environment.seed(seed)
-        return np.stack([environment.reset().observation for environment in self._environments])
-
-
-def _step(environments: list[tasks.Environment], actions: Float[np.ndarray, "n A"]) -> tuple[Any, ...]:
-    steps = [environment.step(action) for environment, action in zip(environments, actions, strict=True)]
-    final = np.stack([step.observation for step in steps])
-    done = np.array([step.last() for step in steps])
-    observation = final.copy()
-    for i in np.flatnonzero(done):
-        observation[i] = environments[i].reset().observation
-    return observation, np.array([step.reward for step in steps], np.float64), done, final
+def _infos(
+    done: Bool[np.ndarray, "n"], final: Float32[np.ndarray, "n O"], reasons: list[str]
+) -> dict[str, Any]:
+    """Returns infos as gymnasium lays them out: an array over all, and beside it where it counts."""
+    infos: dict[str, Any] = {}
+    if done.any():
+        final_obs = np.full(len(done), None, dtype=object)
+        for i in np.flatnonzero(done):
+            final_obs[i] = final[i]
+        infos |= {"final_obs": final_obs, "_final_obs": done.copy()}
+    if any(reasons):
+        infos |= {
+            "failure": np.array(reasons, dtype=object),
+            "_failure": np.array([bool(r) for r in reasons]),
+        }
+    return infos

@@ -125,11 +125,14 @@ def test_each_environment_of_a_vector_equals_a_single_one(task, action_repeat):
     for i in range(2):
         single = tasks.make(task, int(np.random.SeedSequence([7, i]).generate_state(1)[0]), action_repeat)
         np.testing.assert_array_equal(observation[i], single.reset().observation)
+        episode = 0
         for t in range(4):
             expected = single.step(actions[t, i])
             assert (steps[t][1][i], steps[t][3][i]) == (expected.reward, expected.last())
             if expected.last():
                 np.testing.assert_array_equal(steps[t][4]["final_obs"][i], expected.observation)
+                episode += 1
+                single.seed(int(np.random.SeedSequence([7, i, episode]).generate_state(1)[0]))
                 expected = single.reset()
             np.testing.assert_array_equal(steps[t][0][i], expected.observation)
 

@@ -1,6 +1,8 @@
 import gc
+import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from bpt_rl.envs import tasks
+from bpt_rl.envs.episodes import Moment, Part, start_seed
 from bpt_rl.envs.tasks import make_vector
 
 
@@ -59,6 +62,7 @@ def test_each_environment_equals_a_single_one_of_its_seed(played):
             expected = single.step(actions[t, i])
             assert expected.reward == steps[t + 1][1][i]
         np.testing.assert_array_equal(steps[4][4]["final_obs"][i], expected.observation)
+        single.seed(int(np.random.SeedSequence([7, i, 1]).generate_state(1)[0]))
         np.testing.assert_array_equal(steps[4][0][i], single.reset().observation)
 
 
@@ -105,20 +109,133 @@ def test_closing_leaves_no_process_behind():
             os.kill(pid, 0)
 
 
-def test_a_worker_that_dies_is_reported_with_the_reason():
-    before = set(multiprocessing.active_children())
-    environments = make_vector("cartpole_balance", 3, 0, num_workers=2)
-    environments.reset()
-    victim = next(p for p in set(multiprocessing.active_children()) - before if p.name == "simulator-1")
+@pytest.fixture(scope="module")
+def own_task(tmp_path_factory):
+    """A task that kills its process, or gives its simulator a velocity beyond reason, as the action asks for it."""
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(
+        "import gc, math, os, signal\n"
+        "from dm_control.mujoco import Physics\n"
+        "def cartpole_fragile(features, observation, action):\n"
+        "    asked = round(float(action[0, 0]), 3)\n"
+        "    if asked == 0.9:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if asked in (0.7, 0.8):\n"
+        "        for physics in (p for p in gc.get_objects() if isinstance(p, Physics)):\n"
+        "            if round(float(physics.control()[0]), 3) == asked:\n"
+        "                physics.data.qvel[:] = math.nan if asked == 0.7 else 1e12\n"
+        "    return action[:, 0]\n"
+    )
+    return f"{path}:cartpole_fragile"
+
+
+def kill(name, before):
+    """Kills the process of this name that was not there before."""
+    [victim] = [p for p in set(multiprocessing.active_children()) - before if p.name == name]
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
+
+
+def test_a_process_that_dies_is_named_and_its_episodes_go_on_as_if_it_had_not(played, caplog):
+    """Killed while it waits, and while it has two steps to take."""
+    expected, actions = played
+    before = set(multiprocessing.active_children())
+    environments = make_vector("cartpole_swingup", 3, 7, 250, num_workers=2)
+    try:
+        steps = [(environments.reset()[0], 0, 0, False, {})]
+        for t, action in enumerate(actions):
+            if t in (2, 5):
+                kill("simulator-1", before)
+            parts = Part(0, 2), Part(1, 2)
+            for part in parts:
+                environments.send(action[part.first :: 2], part)
+            if t == 3:
+                kill("simulator-0", before)
+            halves = [environments.receive(part) for part in parts]
+            whole = [np.zeros_like(values) for values in expected[t + 1][:4]]
+            for part, half in zip(parts, halves, strict=True):
+                for values, some in zip(whole, half[:4], strict=True):
+                    values[part.first :: 2] = some
+            steps.append(whole)
+    finally:
+        environments.close()
+    for step, other in zip(expected, steps, strict=True):
+        for i in range(4):
+            np.testing.assert_array_equal(step[i], other[i])
+    told = [record.getMessage() for record in caplog.records if "simulators" in record.name]
+    assert [text.split(" ended ")[0] for text in told] == [
+        "Simulator process 1 (environments 2 to 2)",
+        "Simulator process 0 (environments 0 to 1)",
+        "Simulator process 1 (environments 2 to 2)",
+    ]
+    assert all("ended by SIGKILL. Another one takes up its episodes." in text for text in told)
+
+
+def test_a_process_that_dies_three_times_in_a_row_ends_it_with_a_reason(own_task, caplog):
+    before = set(multiprocessing.active_children())
+    environments = make_vector(own_task, 2, 0, num_workers=1)
+    environments.reset()
+    for _ in range(3):
+        environments.step(np.array([[0.1], [0.2]]))
     with pytest.raises(
-        RuntimeError, match=r"process 1 \(environments 2 to 2\) must live .* ended by SIGKILL"
+        RuntimeError,
+        match=r"process 0 \(environments 0 to 1\) must live .* ended by SIGKILL, 3 times in a row\. If memory",
     ):
-        environments.step(np.zeros((3, 1), np.float32))
+        environments.step(np.array([[0.1], [0.9]]))
+    assert len(caplog.records) == 2
     assert set(multiprocessing.active_children()) == before
     with pytest.raises(gymnasium.error.ClosedEnvironmentError, match="Make a new one"):
         environments.reset()
+
+
+def test_a_simulator_that_diverges_ends_its_episode_alone(own_task):
+    """Its velocity explodes after the second step, so that the third has no result; then an observation is no number."""
+    environments = make_vector(own_task, 3, 5, num_workers=1)
+    try:
+        environments.reset()
+        before = [environments.step(np.array([[0.1], [asked], [0.3]]))[0] for asked in (0.2, 0.8)][-1]
+        observation, reward, terminated, truncated, infos = environments.step(np.full((3, 1), 0.1))
+        assert infos["_failure"].tolist() == truncated.tolist() == [False, True, False]
+        assert re.search(r"mjWARN_BAD(QPOS|QVEL|QACC)", infos["failure"][1])
+        assert not terminated.any()
+        np.testing.assert_allclose(reward, [0.1, 0, 0.1], rtol=1e-6)
+        np.testing.assert_array_equal(infos["final_obs"][1], before[1])
+        single = tasks.make("cartpole_swingup", start_seed(5, 1, 1))
+        np.testing.assert_array_equal(observation[1], single.reset().observation)
+        observation, reward, _, truncated, infos = environments.step(np.array([[0.7], [0.1], [0.1]]))
+        np.testing.assert_array_equal(observation[1], single.step(np.array([0.1])).observation)
+        assert infos["failure"].tolist() == ["The observation is not finite.", "", ""]
+        assert truncated.tolist() == [True, False, False]
+        np.testing.assert_allclose(reward, [0, 0.1, 0.1], rtol=1e-6)
+        assert np.isfinite(observation).all()
+    finally:
+        environments.close()
+
+
+def test_any_moment_of_any_episode_can_be_begun_alone(played):
+    """Environments 0 and 2 late in the first episode, environment 1 in the second."""
+    steps, actions = played
+    environments = make_vector("cartpole_swingup", 3, 0, 250, num_workers=2)
+    try:
+        had = [actions[:3, 0], actions[4:5, 1], actions[:2, 2]]
+        observation = environments.begin(7, np.array([0, 1, 0]), had)
+        for i, t in enumerate((3, 5, 2)):
+            np.testing.assert_array_equal(observation[i], steps[t][0][i])
+        after = environments.step(np.stack([actions[3, 0], actions[5, 1], actions[2, 2]]))
+        for i, t in enumerate((4, 6, 3)):
+            np.testing.assert_array_equal(after[0][i], steps[t][0][i])
+            assert (after[1][i], after[3][i]) == (steps[t][1][i], steps[t][3][i])
+        # What is still under way is not mistaken for an answer.
+        environments.send(actions[0][:2], Part(0, 2))
+        np.testing.assert_array_equal(environments.begin(7, np.zeros(3, int)), steps[0][0])
+        np.testing.assert_array_equal(environments.step(actions[0])[0], steps[1][0])
+    finally:
+        environments.close()
+
+
+def test_start_states_differ_between_seeds_environments_and_episodes():
+    seeds = [start_seed(*place) for place in itertools.product((0, 1), (0, 1, 2), (0, 1, 2))]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_an_error_in_a_worker_carries_its_traceback():
@@ -129,8 +246,9 @@ def test_an_error_in_a_worker_carries_its_traceback():
         RuntimeError,
         match=r"process 0 \(environments 0 to 1\) failed:\nTraceback[\s\S]*An action must have shape",
     ):
+        environments.begin(0, np.zeros(2, int), [np.zeros((1, 1)), np.zeros((0, 1))])
         # Actions of another shape, past the check of `step`.
-        environments._simulators.send("step", [np.zeros((2, 3))])
+        environments._simulators.send("begin", [[Moment(0, 0, 0, np.zeros((1, 3)))]])
         environments._simulators.receive()
 
 
