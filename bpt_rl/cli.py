@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from bpt_rl import config as config_lib
 from bpt_rl import config_toml
@@ -67,6 +68,19 @@ def _evaluate(call: Call) -> None:
             print(render_run(Path(path), config))
 
 
+def _render(call: Call) -> None:
+    paths, options = split(call, "an episode's npz file, a store or a run folder")
+    config = parse(RenderOptions, call, options)
+    from bpt_rl.run.film import write_film
+    from bpt_rl.run.film_sources import episodes_of
+
+    for episode in episodes_of([Path(path) for path in paths], task=config.task, index=config.index):
+        out = Path(config.out) / f"{episode.name}.{config.format}"
+        size = (config.height, config.width)
+        write_film(out, episode.task, episode.physics, action_repeat=episode.action_repeat, size=size)
+        print(f"Film: {out}")
+
+
 def _ablate(call: Call) -> None:
     names, options = split(call, "a configuration: a TOML file or a preset")
     default = config_toml.load(config_lib.AblateConfig, names[0]) if names else None
@@ -106,6 +120,24 @@ class ReportOptions:
     """HTML file to write; report.html in the first run folder if empty."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """Options of `bpt-rl render`."""
+
+    out: str = "films"
+    """Folder that receives a film of each episode."""
+    format: Literal["mp4", "gif"] = "mp4"
+    """An MP4 has 25 frames a second, a GIF at most 100 frames and 1.5 MB."""
+    task: str = ""
+    """Of an npz file: whose body is drawn, if the path does not name its domain."""
+    index: int = 0
+    """Of the episode in a store."""
+    height: int = 480
+    """Pixels."""
+    width: int = 640
+    """Pixels."""
+
+
 VERBS: Mapping[str, Verb] = {
     "demo": Verb(
         _demo,
@@ -131,6 +163,12 @@ VERBS: Mapping[str, Verb] = {
         "Roll a run out in DMC under named protocols, beside its controls.",
         "RUN... [options]",
         "bpt-rl evaluate runs/at --num-chains 16",
+    ),
+    "render": Verb(
+        _render,
+        "Draw episodes as films: of a dataset, or the first and the last of a run's latest evaluation.",
+        "PATH... [options]",
+        "bpt-rl render runs/at data/exorl/walker/rnd/buffer/episode_000000_1000.npz",
     ),
     "ablate": Verb(
         _ablate,

@@ -145,6 +145,11 @@ class Environment(dm_env.Environment):  # type: ignore[misc]  # dm_env carries n
         """The reward and start states: a `dm_control.suite.base.Task`, or `dm_control.composer.Task` for jaco."""
         return self._environment.task
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Simulated time of a step, the held ones included."""
+        return self._action_repeat * float(self._environment.control_timestep())
+
     def seed(self, seed: int) -> None:
         """Starts the draws of start states anew, as in an environment made with `seed`."""
         self.task.random.seed(seed)
