@@ -91,7 +91,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self,
         seed: int,
         episode: Int[np.ndarray, "N"],
-        played: Sequence[Float[np.ndarray, "t A"]] | None = None,
+        played: Sequence[Float[np.ndarray, "_ A"]] | None = None,
     ) -> Float32[np.ndarray, "N O"]:
         """Returns the observation of every environment in an episode of its own.
 

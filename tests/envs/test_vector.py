@@ -189,7 +189,7 @@ def test_a_process_that_dies_three_times_in_a_row_ends_it_with_a_reason(own_task
 
 
 def test_a_simulator_that_diverges_ends_its_episode_alone(own_task):
-    """Its velocity explodes after the second step, so that the third has no result; then an observation is no number."""
+    """Its velocity explodes in the second step, so that the third has no result; then an observation is no number."""
     environments = make_vector(own_task, 3, 5, num_workers=1)
     try:
         environments.reset()
