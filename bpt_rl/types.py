@@ -134,6 +134,18 @@ class DataStatistics:
         return float(np.mean(self.returns))
 
 
+@dataclasses.dataclass(frozen=True)
+class EpisodeFailure:
+    """An episode that the simulator ended: its state was no longer a number, or out of all bounds."""
+
+    chain: int
+    episode: int
+    """Index within its chain."""
+    step: int
+    """Agent step within the episode that had no result."""
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodeLog:
     """Every return of a rollout: C chains of n episodes each. All protocols are read from it."""
@@ -150,5 +162,7 @@ class EpisodeLog:
     """Return asked of each episode; NaN where the policy asks for none."""
     seed: int
     """Seed of the environments."""
-    seconds: float
-    """Wall time of the rollout, compilation included."""
+    seconds: float = float("nan")
+    """Wall time of the rollout, compilation included. No part of what was found: the JSON form leaves it out."""
+    failures: tuple[EpisodeFailure, ...] = ()
+    """Episodes that the simulator ended; their returns and steps are those up to then."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import numpy as np
 
 from bpt_rl import config_toml
 from bpt_rl.config import TrainConfig
-from bpt_rl.types import DataStatistics, EpisodeLog
+from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
 PACKAGES = (
     "bpt-rl",
@@ -93,13 +94,13 @@ class RunFolder:
         return [json.loads(file.read_text()) for file in files]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file as UTF-8 so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -137,14 +138,23 @@ def _git_commit() -> str:
         return "not a git checkout"
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes an npz file atomically."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_atomically(path, content.getvalue())
+
+
 def log_to_json(log: EpisodeLog) -> dict[str, Any]:
-    """Returns a log as plain JSON values."""
+    """Returns a log as plain JSON values, without its `seconds`: equal logs give equal values."""
     values = dataclasses.asdict(log)
+    del values["seconds"]
     target = log.target_return
     return values | {
         "returns": log.returns.tolist(),
         "num_steps": log.num_steps.tolist(),
         "target_return": None if np.isnan(target) else target,
+        "failures": list(values["failures"]),
     }
 
 
@@ -155,5 +165,6 @@ def log_from_json(values: Mapping[str, Any]) -> EpisodeLog:
         "returns": np.asarray(values["returns"], np.float64),
         "num_steps": np.asarray(values["num_steps"], np.int64),
         "target_return": float("nan") if target is None else float(target),
+        "failures": tuple(EpisodeFailure(**failure) for failure in values.get("failures", ())),
     }
     return EpisodeLog(**{**values, **arrays})

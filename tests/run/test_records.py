@@ -11,7 +11,7 @@ import pytest
 from bpt_rl.config import TrainConfig
 from bpt_rl.config_toml import to_toml
 from bpt_rl.run import records
-from bpt_rl.types import DataStatistics, EpisodeLog
+from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
 STATISTICS = DataStatistics(
     task="walker_run",
@@ -40,6 +40,7 @@ def episode_log(target_return: float) -> EpisodeLog:
         target_return=target_return,
         seed=1_000_000,
         seconds=1.25,
+        failures=(EpisodeFailure(chain=1, episode=1, step=17, reason="diverged"),),
     )
 
 
@@ -76,6 +77,8 @@ def test_episode_log_survives_json(target_return: float) -> None:
     np.testing.assert_array_equal(read.returns, log.returns)
     np.testing.assert_array_equal(read.num_steps, log.num_steps)
     np.testing.assert_equal(read.target_return, target_return)
+    assert read.failures == log.failures
+    assert "seconds" not in json.loads(text)
     assert records.log_to_json(read) == records.log_to_json(log)
 
 
