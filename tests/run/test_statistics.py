@@ -157,5 +157,5 @@ def test_a_policy_that_improves_is_found_to_do_so():
         returns = draw(generator, "normal", (16, 8)) + np.linspace(0, 60, 8)
         for name in found:
             found[name] += protocols.estimate(name, [make_log(returns)]).low > 0
-    # The benchmark's table says 76% and 96%; a hundred studies err by 13% and 6%.
-    assert found["improvement"] >= 60 and found["slope"] >= 88
+    # The benchmark's table says 75% and 93%; a hundred studies err by 13% and 8%.
+    assert found["improvement"] >= 62 and found["slope"] >= 85
