@@ -53,7 +53,7 @@ def drawn(length, seed):
 
 
 # Two environments, with trajectories of the data to begin with and three episodes each, ending at different times.
-GIVEN = ((drawn(1, 0), drawn(4, 1)), (drawn(5, 2), drawn(3, 3)))
+GIVEN = ((drawn(1, 0), drawn(4, 1)), (drawn(5, 2), drawn(4, 3)))
 PLAYED = ((drawn(5, 4), drawn(3, 5), drawn(4, 6)), (drawn(2, 7), drawn(5, 8), drawn(5, 9)))
 NUM_STEPS = 12
 
@@ -219,7 +219,7 @@ def test_a_full_context_forgets_its_oldest_trajectories_whole(make, make_policy,
     most = num_given * EPISODE_STEPS
     assert carry.cache.keys[0].shape[2] <= (most + EPISODE_STEPS) * LAYOUTS[layout]
     kept = kept_of(given, episodes, most)
-    assert [len(past) for past in kept] == ([2, 3, 2, 2, 3, 3] if num_given else [0] * 6)
+    assert [len(past) for past in kept] == ([2, 3, 2, 2, 2, 2] if num_given else [0] * 6)
     assert deviation(make, config, kept, episodes) < TOLERANCE
     assert deviation(make, config, pasts(given, episodes), episodes) > 0.1
 
@@ -246,7 +246,7 @@ def test_a_cleared_context_goes_back_to_the_trajectories_it_was_given(make, make
 def test_a_pass_holds_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cache_given(make):
     num_steps, hidden = 2**14, 512
     config = dataclasses.replace(
-        MODEL, layout="fused", num_layers=1, feedforward_dim=hidden, implementation="auto", num_kv_heads=2
+        MODEL, layout="fused", feedforward_dim=hidden, implementation="auto", num_kv_heads=2
     )
     graph, params = make(config)
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, num_steps))
@@ -257,7 +257,7 @@ def test_a_pass_holds_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cac
     counts = np.zeros(2, np.int32)
     compiled = cached_policy._prefill.lower(graph, params, cache, batch, np.arange(2), counts).compile()
     memory, num_bytes = compiled.memory_analysis(), 4 * cache.keys[0].size
-    assert memory.alias_size_in_bytes >= 2 * num_bytes
+    assert memory.alias_size_in_bytes >= 4 * num_bytes
     # The stream, queries, keys and values are as large as the keys of a layer each; the hidden tensor would be 32
     # times and the logits 2048 times as large.
     assert memory.temp_size_in_bytes < 16 * num_bytes
