@@ -243,10 +243,22 @@ def test_a_cleared_context_goes_back_to_the_trajectories_it_was_given(make, make
     assert deviation(make, config, kept, episodes) < TOLERANCE
 
 
-def test_a_pass_holds_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cache_given(make):
-    num_steps, hidden = 2**14, 512
+def largest_size(jaxpr):
+    """Returns the entries of the largest array that a program makes."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [variable.aval.size for variable in equation.outvars]
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest_size(inner))
+    return max(sizes)
+
+
+def test_a_pass_makes_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cache_given(make):
+    num_steps = 2**14
     config = dataclasses.replace(
-        MODEL, layout="fused", feedforward_dim=hidden, implementation="auto", num_kv_heads=2
+        MODEL, layout="fused", feedforward_dim=512, implementation="auto", num_kv_heads=2
     )
     graph, params = make(config)
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, num_steps))
@@ -254,12 +266,14 @@ def test_a_pass_holds_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cac
     row, index = (jax.ShapeDtypeStruct(place, kind) for kind in (np.float32, np.int32))
     observation, action = (jax.ShapeDtypeStruct((*place, dim), np.float32) for dim in (3, 2))
     batch = PackedBatch(observation, action, row, row, row, index, index, None, row)
-    counts = np.zeros(2, np.int32)
-    compiled = cached_policy._prefill.lower(graph, params, cache, batch, np.arange(2), counts).compile()
-    memory, num_bytes = compiled.memory_analysis(), 4 * cache.keys[0].size
+    inputs = (params, cache, batch, np.arange(2), np.zeros(2, np.int32))
+    program = jax.make_jaxpr(functools.partial(cached_policy._prefill, graph))(*inputs)
+    # The stream is as large as a layer's keys; the hidden tensor would be 32 times and the logits 2048 times as large.
+    assert largest_size(program.jaxpr) <= 8 * cache.keys[0].size
+    memory = cached_policy._prefill.lower(graph, *inputs).compile().memory_analysis()
+    num_bytes = 4 * cache.keys[0].size
     assert memory.alias_size_in_bytes >= 4 * num_bytes
-    # The stream, queries, keys and values are as large as the keys of a layer each; the hidden tensor would be 32
-    # times and the logits 2048 times as large.
+    # Streams, queries, keys and values, each as large: never those of all layers and their copies at once.
     assert memory.temp_size_in_bytes < 16 * num_bytes
 
 
