@@ -9,12 +9,20 @@ from jaxtyping import Float
 
 from bpt_rl.agents.base import Explorer, Params
 from bpt_rl.collect_config import ExplorationConfig
+from bpt_rl.nn.actor_critic import (
+    apply_linear,
+    apply_trunk,
+    init_linear,
+    init_network,
+    init_trunk,
+    inside,
+    mean_action,
+    noisy_action,
+    two_errors,
+)
 from bpt_rl.types import Transition
 
-INSIDE = 1e-6
-"""Actions keep this distance from -1 and 1."""
 Metrics = dict[str, Float[jax.Array, ""]]
-_orthogonal = jax.nn.initializers.orthogonal()
 
 
 class LearnerState(NamedTuple):
@@ -54,13 +62,9 @@ class DDPG:
     def init(self, key: jax.Array) -> LearnerState:
         """Returns the state before the first update: orthogonal weights, zero biases, target equal to the critic."""
         width, keys = self._config.hidden_dim, jax.random.split(key, 6)
-        actor = {
-            "trunk": _trunk(keys[0], self._input_dim, width),
-            "hidden": _linear(keys[1], width, width),
-            "head": _linear(keys[2], width, self._action_dim),
-        }
+        actor = init_network(keys[:3], self._input_dim, width, self._action_dim)
         critic = {
-            "trunk": _trunk(keys[3], self._input_dim + self._action_dim, width),
+            "trunk": init_trunk(keys[3], self._input_dim + self._action_dim, width),
             "hidden": _two_linears(keys[4], width, width),
             "head": _two_linears(keys[5], width, self._feature_dim or 1),
         }
@@ -83,8 +87,8 @@ class DDPG:
     ) -> Float[jax.Array, "N A"]:
         """Returns actions in [-1, 1], with the configured noise, or uniform ones that do not ask the actor."""
         uniform_key, noise_key = jax.random.split(key)
-        mean = self._mean_action(state.actor, _with_skill(observation, skill))
-        noisy = _inside(mean + self._config.noise * jax.random.normal(noise_key, mean.shape))
+        mean = mean_action(state.actor, _with_skill(observation, skill))
+        noisy = inside(mean + self._config.noise * jax.random.normal(noise_key, mean.shape))
         uniform = jax.random.uniform(uniform_key, mean.shape, minval=-1.0, maxval=1.0)
         return jnp.where(is_uniform, uniform, noisy)
 
@@ -117,7 +121,7 @@ class DDPG:
     ) -> Float[jax.Array, ""]:
         observation = _with_skill(batch.observation, batch.skill)
         values = self._values(critic, observation, batch.action, batch.skill)
-        return jnp.square(values - target).mean(axis=1).sum()
+        return two_errors(values, target)
 
     def _actor_loss(
         self, actor: Params, critic: Params, batch: Transition, key: jax.Array
@@ -132,17 +136,11 @@ class DDPG:
         updates, moments = self._optimizer.update(gradient, moments)
         return optax.apply_updates(params, updates), moments
 
-    def _mean_action(self, actor: Params, inputs: Float[jax.Array, "B I"]) -> Float[jax.Array, "B A"]:
-        hidden = jax.nn.relu(_apply(actor["hidden"], _apply_trunk(actor["trunk"], inputs)))
-        return jnp.tanh(_apply(actor["head"], hidden))
-
     def _clipped_action(
         self, actor: Params, inputs: Float[jax.Array, "B I"], key: jax.Array
     ) -> Float[jax.Array, "B A"]:
-        mean = self._mean_action(actor, inputs)
-        noise = self._config.noise * jax.random.normal(key, mean.shape)
-        action = mean + jnp.clip(noise, -self._config.noise_clip, self._config.noise_clip)
-        return action + jax.lax.stop_gradient(_inside(action) - action)
+        mean = mean_action(actor, inputs)
+        return noisy_action(mean, key, noise=self._config.noise, clip=self._config.noise_clip)
 
     def _values(
         self,
@@ -151,9 +149,9 @@ class DDPG:
         action: Float[jax.Array, "B A"],
         skill: Float[jax.Array, "B Z"],
     ) -> Float[jax.Array, "2 B"]:
-        trunk = _apply_trunk(critic["trunk"], jnp.concatenate([inputs, action], axis=-1))
-        hidden = jax.nn.relu(jax.vmap(_apply, in_axes=(0, None))(critic["hidden"], trunk))
-        features = jax.vmap(_apply)(critic["head"], hidden)
+        trunk = apply_trunk(critic["trunk"], jnp.concatenate([inputs, action], axis=-1))
+        hidden = jax.nn.relu(jax.vmap(apply_linear, in_axes=(0, None))(critic["hidden"], trunk))
+        features = jax.vmap(apply_linear)(critic["head"], hidden)
         return jnp.einsum("hbz,bz->hb", features, skill) if self._feature_dim else features[..., 0]
 
 
@@ -161,29 +159,6 @@ def _with_skill(observation: jax.Array, skill: jax.Array) -> jax.Array:
     return jnp.concatenate([observation, skill], axis=-1)
 
 
-def _inside(action: jax.Array) -> jax.Array:
-    return jnp.clip(action, -1 + INSIDE, 1 - INSIDE)
-
-
-def _linear(key: jax.Array, num_inputs: int, num_outputs: int) -> Params:
-    return {"kernel": _orthogonal(key, (num_inputs, num_outputs)), "bias": jnp.zeros(num_outputs)}
-
-
 def _two_linears(key: jax.Array, num_inputs: int, num_outputs: int) -> Params:
-    one, other = (_linear(k, num_inputs, num_outputs) for k in jax.random.split(key))
+    one, other = (init_linear(k, num_inputs, num_outputs) for k in jax.random.split(key))
     return jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
-
-
-def _trunk(key: jax.Array, num_inputs: int, width: int) -> Params:
-    return {**_linear(key, num_inputs, width), "scale": jnp.ones(width), "shift": jnp.zeros(width)}
-
-
-def _apply(layer: Params, x: jax.Array) -> jax.Array:
-    y: jax.Array = x @ layer["kernel"] + layer["bias"]
-    return y
-
-
-def _apply_trunk(trunk: Params, x: jax.Array) -> jax.Array:
-    x = _apply(trunk, x)
-    normalized = jax.nn.standardize(x, variance=x.var(axis=-1, keepdims=True), epsilon=1e-5)
-    return jnp.tanh(normalized * trunk["scale"] + trunk["shift"])
