@@ -19,17 +19,13 @@ Params = Any
 class Policy(Protocol):
     """Acts in B environments at once; all state lives in the carry, and a carry is used once."""
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> Any:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> Any:
         """Returns the carry before the first observation of B environments.
 
         Args:
           num_environments: B.
           context: Trajectories of a dataset that each environment's context begins with: one chain for each, all of
             equally many; an unconditioned policy ignores them.
-          first_environment: Index of the first environment; those of a rollout in several parts count on. What a
-            policy draws at random depends on seed, index and number of the call alone.
 
         Raises:
           ValueError: If a context does not fit the environments, or the policy cannot take any.

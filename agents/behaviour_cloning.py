@@ -104,11 +104,9 @@ class CloningPolicy:
         self._params = params
         self._normalizer = normalizer
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> tuple[()]:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> tuple[()]:
         """Returns the empty carry."""
-        del num_environments, context, first_environment
+        del num_environments, context
         return ()
 
     def act(

@@ -18,7 +18,6 @@ class Carry(NamedTuple):
     """State before the next step of the process, unclipped."""
     is_fresh: Bool[np.ndarray, "B"]
     """Where an episode begins, so that the state is drawn anew."""
-    first_environment: int
 
 
 class OrnsteinUhlenbeckPolicy:
@@ -42,28 +41,23 @@ class OrnsteinUhlenbeckPolicy:
         self._kept = 1 - decay
         self._scale = scale
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> Carry:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> Carry:
         """Returns the carry before the first observation of B environments; no context is read."""
         del context
         noise = np.zeros((num_environments, self._action_dim))
-        is_fresh = np.ones(num_environments, np.bool_)
-        return Carry(counter=0, noise=noise, is_fresh=is_fresh, first_environment=first_environment)
+        return Carry(counter=0, noise=noise, is_fresh=np.ones(num_environments, np.bool_))
 
     def act(
         self, carry: Carry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
     ) -> tuple[Carry, Float32[np.ndarray, "B A"]]:
         """Returns the next carry and B actions; observation and return_to_go are not read."""
-        # Those of the environments before, too, so that each has its own wherever it is played.
-        num_drawn = carry.first_environment + len(carry.noise)
-        generator = np.random.default_rng([self._seed, carry.counter])
-        drawn = self._scale * generator.normal(size=(num_drawn, self._action_dim))[carry.first_environment :]
+        drawn = self._scale * np.random.default_rng([self._seed, carry.counter]).normal(
+            size=carry.noise.shape
+        )
         continued = self._kept * carry.noise + np.sqrt(1 - self._kept**2) * drawn
         noise = np.where(carry.is_fresh[:, None], drawn, continued)
         action = np.clip(noise, -1, 1).astype(np.float32)
-        is_fresh = np.zeros_like(carry.is_fresh)
-        return carry._replace(counter=carry.counter + 1, noise=noise, is_fresh=is_fresh), action
+        return Carry(counter=carry.counter + 1, noise=noise, is_fresh=np.zeros_like(carry.is_fresh)), action
 
     def observe(self, carry: Carry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]) -> Carry:
         """Returns the carry with the noise restarted where an episode ended."""

@@ -15,7 +15,6 @@ class Carry(NamedTuple):
     counter: int
     """Calls of `act` so far."""
     num_environments: int
-    first_environment: int
 
 
 class RandomPolicy:
@@ -28,22 +27,18 @@ class RandomPolicy:
         self._action_dim = action_dim
         self._seed = seed
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> Carry:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> Carry:
         """Returns the carry before the first observation of B environments; no context is read."""
         del context
-        return Carry(counter=0, num_environments=num_environments, first_environment=first_environment)
+        return Carry(counter=0, num_environments=num_environments)
 
     def act(
         self, carry: Carry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
     ) -> tuple[Carry, Float32[np.ndarray, "B A"]]:
         """Returns the next carry and B actions; observation and return_to_go are not read."""
         generator = np.random.default_rng([self._seed, carry.counter])
-        # Those of the environments before, too, so that each has its own wherever it is played.
-        num_drawn = carry.first_environment + carry.num_environments
-        drawn = generator.uniform(-1, 1, (num_drawn, self._action_dim)).astype(np.float32)
-        return carry._replace(counter=carry.counter + 1), drawn[carry.first_environment :]
+        action = generator.uniform(-1, 1, (carry.num_environments, self._action_dim)).astype(np.float32)
+        return carry._replace(counter=carry.counter + 1), action
 
     def observe(self, carry: Carry, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]) -> Carry:
         """Returns the carry unchanged: no action depends on the past."""

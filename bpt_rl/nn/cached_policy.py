@@ -34,8 +34,6 @@ class CachedCarry(NamedTuple):
     """Unscaled, as last given to `act`."""
     num_calls: int
     """Actions taken since the start; each draws its own noise."""
-    environments: Int[np.ndarray, "B"]
-    """Indices, each of which draws its own noise."""
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -45,11 +43,11 @@ def _decode(
     cache: KeyValueCache,
     length: jax.Array,
     inputs: Step,
-    noise: tuple[jax.Array, jax.Array] | None,
+    key: jax.Array | None,
 ) -> tuple[KeyValueCache, jax.Array]:
     # The caller counts the tokens: to clear a context is to forget how many they were.
     action, cache = nnx.merge(graph, params).decode(inputs, cache._replace(length=length))
-    return cache, action.mean if noise is None else action.drawn(*noise)
+    return cache, action.chosen(key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -133,15 +131,12 @@ class CachedPolicy:
         self._drops = full_context == "drop_oldest" and not clear_context
         self._first_steps = -(-first_capacity // self._tokens_per_step)
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> CachedCarry:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> CachedCarry:
         """Returns the carry of contexts that hold the given trajectories, or nothing.
 
         Args:
           num_environments: B.
           context: A chain for each environment, all of equally many whole trajectories.
-          first_environment: Index of the first environment; those of a rollout in several parts count on.
 
         Raises:
           ValueError: If chains are too few or too many, differ in their number of trajectories, or hold an episode
@@ -160,7 +155,7 @@ class CachedPolicy:
             action_dim=self._model.action_dim,
         )
         num_steps = write_chains(record, chains) if chains else np.zeros(num_environments, np.int32)
-        end, environments = end_of(record, num_steps), np.arange(num_environments, dtype=np.int32)
+        end = end_of(record, num_steps)
         cache = self._model.init_cache(
             num_environments, self._capacity(int(num_steps.max(initial=0)) + 1, capacity)
         )
@@ -172,7 +167,6 @@ class CachedPolicy:
             record=record if self._drops else None,
             return_to_go=np.zeros(num_environments),
             num_calls=0,
-            environments=environments + first_environment,
         )
 
     def _check(self, chains: Sequence[Chain], num_environments: int) -> None:
@@ -254,11 +248,10 @@ class CachedPolicy:
             )
         asked = np.asarray(return_to_go, np.float64)
         inputs = self._inputs(end, observation, asked)
-        key = self._key
-        noise = None if key is None else (jax.random.fold_in(key, carry.num_calls), carry.environments)
+        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
         cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
         length = end.num_steps * np.int32(self._tokens_per_step)
-        cache, drawn = _decode(self._graph, self._params, cache, length, inputs, noise)
+        cache, drawn = _decode(self._graph, self._params, cache, length, inputs, key)
         action = np.asarray(drawn)
         now = {"observation": observation, "action": action, "return_to_go": asked}
         _write(carry.record, end.num_steps, now | {"step": end.step, "episode": end.episode})

@@ -22,10 +22,11 @@ class ActionDistribution(NamedTuple):
     log_std: Float[jax.Array, "*batch A"]
     """Of a Gaussian around the mean; meaningless to a deterministic head."""
 
-    def drawn(self, key: jax.Array, environments: Int[Any, "B"]) -> Float[jax.Array, "B A"]:
-        """Returns one action for each of B environments, in [-1, 1]; its noise depends on key and environment alone."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, environments)
-        noise = jax.vmap(lambda key: jax.random.normal(key, self.mean.shape[1:]))(keys)
+    def chosen(self, key: jax.Array | None) -> Float[jax.Array, "*batch A"]:
+        """Returns actions in [-1, 1], drawn with the key; their mean without one."""
+        if key is None:
+            return self.mean
+        noise = jax.random.normal(key, self.mean.shape)
         return jnp.clip(self.mean + jnp.exp(self.log_std) * noise, -1, 1)
 
 

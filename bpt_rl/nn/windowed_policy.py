@@ -27,8 +27,6 @@ class WindowedCarry(NamedTuple):
     return_to_go: Float[np.ndarray, "B"]
     num_calls: int
     """Actions taken since the start; each draws its own noise."""
-    environments: Int[np.ndarray, "B"]
-    """Indices, each of which draws its own noise."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,13 +35,13 @@ def _last_action(
     params: Any,
     window: PackedBatch,
     last: jax.Array,
-    noise: tuple[jax.Array, jax.Array] | None,
+    key: jax.Array | None,
 ) -> jax.Array:
     predicted = nnx.merge(graph, params)(window)
     action = ActionDistribution(
         *(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
     )
-    return action.mean if noise is None else action.drawn(*noise)
+    return action.chosen(key)
 
 
 class WindowedPolicy:
@@ -80,9 +78,7 @@ class WindowedPolicy:
         self._completion = completion
         self._model = nnx.merge(graph, params)
 
-    def start(
-        self, num_environments: int, context: Sequence[Chain] | None = None, *, first_environment: int = 0
-    ) -> WindowedCarry:
+    def start(self, num_environments: int, context: Sequence[Chain] | None = None) -> WindowedCarry:
         """Returns the carry of empty windows.
 
         Raises:
@@ -106,7 +102,6 @@ class WindowedPolicy:
             step=start,
             return_to_go=np.zeros(num_environments),
             num_calls=0,
-            environments=np.arange(num_environments, dtype=np.int32) + first_environment,
         )
 
     def act(
@@ -130,9 +125,8 @@ class WindowedPolicy:
         for name, value in now.items():
             fields[name][rows, last] = value
         window = PackedBatch(**fields)
-        key = self._key
-        noise = None if key is None else (jax.random.fold_in(key, carry.num_calls), carry.environments)
-        action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, noise))
+        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
+        action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, key))
         window.action[rows, last] = action
         carry = carry._replace(
             window=window, num_filled=last + 1, return_to_go=asked, num_calls=carry.num_calls + 1

@@ -277,25 +277,6 @@ def test_a_pass_makes_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cac
     assert memory.temp_size_in_bytes < 16 * num_bytes
 
 
-def test_noise_of_an_environment_does_not_depend_on_who_acts_beside_it(make_policy):
-    config = dataclasses.replace(MODEL, layout="fused", action_distribution="gaussian")
-    observation, asked = np.random.default_rng(0).normal(size=(4, 3)), np.ones(4)
-
-    def act(first, num):
-        policy, rows = make_policy(config, sample_seed=3), slice(first, first + num)
-        carry, actions = policy.start(num, first_environment=first), []
-        for _ in range(2):
-            carry, action = policy.act(carry, observation[rows], asked[rows])
-            carry = policy.observe(carry, np.zeros(num), np.zeros(num, bool))
-            actions.append(action)
-        return np.stack(actions, axis=1)
-
-    together = act(0, 4)
-    # float32 products of other shapes.
-    np.testing.assert_allclose(np.concatenate([act(0, 2), act(2, 2)]), together, atol=1e-5)
-    assert np.abs(np.diff(together, axis=0)).min() > 1e-3
-
-
 def test_contexts_that_do_not_fit_are_refused(make_policy):
     policy = make_policy(dataclasses.replace(MODEL, layout="fused"))
     one, two = chain_of(GIVEN[0][:1]), chain_of(GIVEN[1])
