@@ -1,11 +1,12 @@
 """Evaluation in DMC: chains of episodes in one context, beside the controls that give them a meaning."""
 
 import contextlib
+import dataclasses
+import datetime
 import hashlib
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import EvaluateConfig, TrainConfig
 from bpt_rl.datasets.minari_source import UNSIMULATED
 from bpt_rl.envs.tasks import make_vector
+from bpt_rl.envs.vector import DMCVectorEnv
 from bpt_rl.run import protocols, records
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.episode_log import LogPlan, Progress, play
+from bpt_rl.run.evaluation_journal import EvaluationJournal
 from bpt_rl.run.render import render_episode
-from bpt_rl.run.rollout import rollout
+from bpt_rl.run.rollout import Start
 from bpt_rl.run.step import init_state, make_optimizer
 from bpt_rl.types import DataStatistics, EpisodeLog
 
-SCHEMA = 1
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is rolled out, episodes done and episodes in all."""
+SCHEMA = 2
 
 
 def evaluate(
@@ -66,35 +67,20 @@ def evaluate(
         raise ValueError(
             f"num_episodes and num_chains must be positive; got {num_episodes} and {num_chains}. Use at least 1."
         )
-    began = time.perf_counter()
-    returns = np.zeros((num_chains, num_episodes))
-    num_steps = np.zeros((num_chains, num_episodes), np.int64)
-    finished = np.zeros(num_chains, np.int64)
+    plan = LogPlan(
+        task=task,
+        num_episodes=num_episodes,
+        num_chains=num_chains,
+        action_repeat=action_repeat,
+        context=context,
+        start=Start(seed=seed, target_return=target_return, num_episodes=num_episodes),
+    )
     with contextlib.ExitStack() as stack:
         if environments is None:
             environments = stack.enter_context(
                 contextlib.closing(make_vector(task, num_chains, seed, action_repeat))
             )
-        for transition in rollout(policy, environments, seed, target_return):
-            is_counted = finished < num_episodes
-            chains = np.flatnonzero(is_counted)
-            returns[chains, finished[chains]] += transition.reward[chains]
-            num_steps[chains, finished[chains]] += 1
-            finished[is_counted & transition.done] += 1
-            if report_progress and transition.done.any():
-                report_progress(context, int(finished.min()), num_episodes)
-            if (finished == num_episodes).all():
-                break
-    return EpisodeLog(
-        returns=returns,
-        num_steps=num_steps,
-        context=context,
-        task=task,
-        action_repeat=action_repeat,
-        target_return=target_return,
-        seed=seed,
-        seconds=time.perf_counter() - began,
-    )
+        return play(policy, environments, plan, report_progress=report_progress)[0]
 
 
 def check_simulated(source: str) -> None:
@@ -164,7 +150,9 @@ def evaluate_run(
 
     The record is one JSON object: what was rolled out, the logs by context (`chain`, `memoryless`, `random`) and
     every protocol read from them. An agent without a context of several episodes has no `memoryless` log: its
-    `chain` log is one.
+    `chain` log is one. Beside the record lies a npz file of the first chain's first and last episode: what
+    `bpt_rl.envs.tasks.make` begins them with, and their actions. All but `timings` is the same if the evaluation is
+    interrupted and called again: it goes on from its last finished episode.
 
     Args:
       path: Run folder.
@@ -187,28 +175,30 @@ def evaluate_run(
         )
     if config.random:
         policies["random"] = RandomPolicy(statistics.action_dim, config.seed)
-    with contextlib.ExitStack() as stack:
-        if environments is None:
-            made = make_vector(
-                statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
+
+    def plan_of(context: str) -> LogPlan:
+        is_asked = context != "random" and trained.agent != "bc"
+        target_return = target if is_asked else math.nan
+        return LogPlan(
+            task=statistics.task,
+            num_episodes=num_episodes,
+            num_chains=config.num_chains,
+            action_repeat=statistics.action_repeat,
+            context=context,
+            start=Start(seed=config.seed, target_return=target_return, num_episodes=num_episodes),
+            # What draws its actions draws for all chains at once.
+            num_parts=1 if context == "random" or sample_seed is not None else min(2, config.num_chains),
+        )
+
+    key = _journal_key(config, trained, statistics, num_episodes=num_episodes, params=params)
+    journal = EvaluationJournal(folder.evaluations_path, key)
+    logs = {}
+    with _environments(environments, statistics, config) as simulated:
+        for context, policy in policies.items():
+            logs[context] = journal.log(context) or _play(
+                policy, simulated, plan_of(context), report_progress, journal
             )
-            environments = stack.enter_context(contextlib.closing(made))
-        logs = {
-            context: evaluate(
-                policy,
-                statistics.task,
-                num_episodes,
-                config.num_chains,
-                seed=config.seed,
-                target_return=math.nan if context == "random" or trained.agent == "bc" else target,
-                action_repeat=statistics.action_repeat,
-                context=context,
-                environments=environments,
-                report_progress=report_progress,
-            )
-            for context, policy in policies.items()
-        }
-    record = {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "agent": trained.agent,
         "run": path.name,
@@ -220,19 +210,92 @@ def evaluate_run(
         "action_repeat": statistics.action_repeat,
         "target_return": target,
         "target_rule": rule,
+        "context": {"num_trajectories": 0, "order": "none", "overflow": "refuse"},
         "train_seed": trained.seed,
         "environment_seed": config.seed,
         "actions": "mean" if sample_seed is None else "sampled",
         "data": _data_summary(statistics, trained),
         "logs": {context: records.log_to_json(log) for context, log in logs.items()},
+        "sweep": [],
         "estimates": {context: _estimates(log) for context, log in logs.items()},
         "versions": records.versions(),
         "command": command,
+        "timings": {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": {context: log.seconds for context, log in logs.items()},
+        },
     }
     digest = hashlib.sha256(json.dumps([record["step"], num_episodes, repr(config)]).encode()).hexdigest()[:8]
-    name = f"{step:08d}_{digest}"
-    records.write_json(folder.evaluations_path / f"{name}.json", record)
+    stem = f"{step:08d}_{digest}"
+    journal.move_episodes(folder.evaluations_path / f"{stem}_episodes.npz")
+    records.write_json(folder.evaluations_path / f"{stem}.json", record)
+    journal.remove()
     return record
+
+
+@contextlib.contextmanager
+def _environments(
+    given: VectorEnv | None, statistics: DataStatistics, config: EvaluateConfig
+) -> Iterator[VectorEnv]:
+    """Yields the environments given, or makes some once they are needed."""
+    if given is not None:
+        if not isinstance(given, DMCVectorEnv):
+            raise ValueError(
+                f"A run must be evaluated in environments of make_vector; got {type(given).__name__}. Pass none, or "
+                "call bpt_rl.run.evaluate.evaluate."
+            )
+        yield given
+        return
+    made = make_vector(
+        statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
+    )
+    with contextlib.closing(made):
+        yield made
+
+
+def _play(
+    policy: Policy,
+    environments: VectorEnv,
+    plan: LogPlan,
+    report_progress: Progress | None,
+    journal: EvaluationJournal,
+) -> EpisodeLog:
+    log, (first, last) = play(policy, environments, plan, report_progress=report_progress, journal=journal)
+    if plan.context == "chain":
+        journal.keep_episodes(
+            task=plan.task,
+            action_repeat=plan.action_repeat,
+            chain=0,
+            target_return=plan.start.target_return,
+            **{f"first_{name}": value for name, value in vars(first).items()},
+            **{f"last_{name}": value for name, value in vars(last).items()},
+        )
+    journal.finish(plan.context, log)
+    return log
+
+
+def _journal_key(
+    config: EvaluateConfig,
+    trained: TrainConfig,
+    statistics: DataStatistics,
+    *,
+    num_episodes: int,
+    params: Params,
+) -> dict[str, Any]:
+    """Returns all that the numbers of an evaluation depend on; in how many processes it runs does not count."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
+    return {
+        "parameters": weights.hexdigest(),
+        "evaluate": repr(dataclasses.replace(config, num_workers=0)),
+        "train": repr(trained),
+        "num_episodes": num_episodes,
+        "data": [statistics.task, statistics.action_repeat, statistics.digest, statistics.subset_digest],
+        "versions": records.versions(),
+        "device": jax.devices()[0].device_kind,
+        "schema": SCHEMA,
+    }
 
 
 def describe_record(record: Mapping[str, Any]) -> str:
@@ -241,11 +304,13 @@ def describe_record(record: Mapping[str, Any]) -> str:
     lines = [
         f"{record['agent']} on {record['task']}, step {record['step']}, one training seed ({record['train_seed']}); "
         f"{record['num_chains']} chains of {record['num_episodes']} episodes; target {record['target_return']:.1f} "
-        f"({record['target_rule']}); raw returns, 95% bootstrap intervals over chains:"
+        f"({record['target_rule']}); raw returns, 95% intervals over chains:"
     ]
     for context, estimates in record["estimates"].items():
         values = [f"{name} {_with_interval(estimates[name])}" for name in ("first", "last", "mean", "max")]
-        lines.append(f"  {context:<11}" + "  ".join(values))
+        failures = record["logs"][context]["failures"]
+        ended = f"  ({len(failures)} episodes ended by the simulator)" if failures else ""
+        lines.append(f"  {context:<11}" + "  ".join(values) + ended)
     lines.append(
         f"  data ({data['source']}, subset {data['subset']} {data['subset_digest'][:8]}, "
         f"{data['num_episodes']} episodes): "
@@ -274,7 +339,7 @@ def _data_summary(statistics: DataStatistics, trained: TrainConfig) -> dict[str,
 
 
 def _estimates(log: EpisodeLog) -> dict[str, Any]:
-    read = {name: getattr(protocols, name)(log) for name in ("first", "last", "mean", "max")}
+    read = {name: getattr(protocols, name)(log) for name in protocols.PROTOCOLS}
     values: dict[str, Any] = {
         name: {
             "value": e.value,

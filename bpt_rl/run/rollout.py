@@ -1,13 +1,26 @@
 """The environment loop: a policy in many environments at once, step by step."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from bpt_rl.agents.base import Policy
+from bpt_rl.datasets.chains import Chain
+from bpt_rl.envs.episodes import Part
+from bpt_rl.envs.vector import DMCVectorEnv, Step
+
+ACTION_TOLERANCE = 1e-4
+"""Recorded actions and those of the same policy, computed anew, may differ by so much: on some devices sums come out
+differently from one process to the next."""
+
+
+class OtherActionsError(ValueError):
+    """A policy does not choose the actions that were recorded of it."""
 
 
 class Transition(NamedTuple):
@@ -21,25 +34,193 @@ class Transition(NamedTuple):
     reward: Float[np.ndarray, "B"]
     done: Bool[np.ndarray, "B"]
     """Where this step ended its episode; the next transition begins another."""
+    environment: Int[np.ndarray, "B"]
+    """Index of each of the B."""
+    failures: Mapping[int, str]
+    """Of environments whose simulator ended the episode in this step: index and reason. Such a step pays nothing."""
 
 
-def rollout(policy: Policy, environments: VectorEnv, seed: int, target_return: float) -> Iterator[Transition]:
-    """Yields transitions without end; one episode follows another in the same carry.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Played:
+    """The first T steps of N environments, as `rollout` yielded them before: `rollout` goes on from there."""
+
+    observation: Float[np.ndarray, "T N O"]
+    action: Float[np.ndarray, "T N A"]
+    reward: Float[np.ndarray, "T N"]
+    done: Bool[np.ndarray, "T N"]
+    failures: Mapping[tuple[int, int], str]
+    """By step and environment."""
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.reward)
+
+    def transition(self, t: int, part: "_Part") -> Transition:
+        """Returns step `t` of a part of the environments."""
+        members = part.members
+        failures = {int(i): self.failures[t, i] for i in members if (t, i) in self.failures}
+        return Transition(
+            observation=self.observation[t, members],
+            return_to_go=part.return_to_go,
+            action=self.action[t, members],
+            reward=self.reward[t, members],
+            done=self.done[t, members],
+            environment=members,
+            failures=failures,
+        )
+
+    def running(self) -> tuple[Int[np.ndarray, "N"], list[Float[np.ndarray, "_ A"]]]:
+        """Returns each environment's episode and the actions that it has had in it."""
+        ends = [np.flatnonzero(done) for done in self.done.T]
+        begins = [int(end[-1]) + 1 if len(end) else 0 for end in ends]
+        actions = [self.action[begin:, i] for i, begin in enumerate(begins)]
+        return np.array([len(end) for end in ends]), actions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """How environments and policy begin."""
+
+    seed: int
+    """Of the environments' start states."""
+    target_return: float = math.nan
+    """Asked of every episode, less the rewards as they come; NaN asks for none."""
+    contexts: Sequence[Chain] | None = None
+    """What each environment's context holds before its first episode; None for nothing."""
+    num_episodes: int | None = None
+    """Episodes after which an environment is finished; a part goes on until all of its own are. None never ends."""
+
+
+class _Part:
+    """Environments that act in one call of the policy, and their carry."""
+
+    def __init__(self, policy: Policy, members: Int[np.ndarray, "B"], start: Start) -> None:
+        self._policy, self._start = policy, start
+        self._num_finished = np.zeros(len(members), np.int64)
+        self.members = members
+        if start.contexts is None:
+            self._carry = policy.start(len(members))
+        else:
+            self._carry = policy.start(len(members), [start.contexts[i] for i in members])
+        self.return_to_go = np.full(len(members), start.target_return)
+
+    @property
+    def is_over(self) -> bool:
+        limit = self._start.num_episodes
+        return limit is not None and bool((self._num_finished >= limit).all())
+
+    def act(self, observation: Float[np.ndarray, "B O"]) -> Float[np.ndarray, "B A"]:
+        self._carry, action = self._policy.act(self._carry, observation, self.return_to_go)
+        return action
+
+    def observe(self, reward: Float[np.ndarray, "B"], done: Bool[np.ndarray, "B"]) -> None:
+        self._num_finished += done
+        if not self.is_over:
+            self._carry = self._policy.observe(self._carry, reward, done)
+        self.return_to_go = np.where(done, self._start.target_return, self.return_to_go - reward)
+
+
+class _Lockstep:
+    """Environments of any maker as those that a rollout asks: all step at once, when the answer is asked for."""
+
+    def __init__(self, environments: VectorEnv) -> None:
+        self._environments = environments
+
+    def begin(self, seed: int, episode: Any, played: Any) -> Float[np.ndarray, "N O"]:
+        return np.asarray(self._environments.reset(seed=seed)[0])
+
+    def send(self, actions: Float[np.ndarray, "N A"], part: Part) -> None:
+        self._actions = actions
+
+    def receive(self, part: Part) -> Step:
+        return self._environments.step(self._actions)
+
+
+def rollout(
+    policy: Policy,
+    environments: VectorEnv,
+    start: Start,
+    *,
+    num_parts: int = 1,
+    played: Played | None = None,
+) -> Iterator[Transition]:
+    """Yields transitions; one episode follows another in the same carry.
+
+    Environments may act in several parts: while one part's actions are computed, the simulators of the others step.
+    Each part is then a call of the policy with a carry of its own, and yields transitions of its own, in turn. A
+    policy that takes the mean acts in a part as in all of them; one that draws may draw otherwise.
 
     Args:
       policy: Acts in every environment.
-      environments: Of the SAME_STEP autoreset mode. Reset here with `seed`.
-      seed: Of the environments' start states.
-      target_return: Asked of every episode, less the rewards as they come; NaN asks for none.
+      environments: Of the SAME_STEP autoreset mode; begun here.
+      start: What they and the policy begin with.
+      num_parts: Parts; more than one is for the environments of `make_vector`.
+      played: What this rollout has yielded before: it is yielded again, without simulators. The policy sees the
+        recorded observations and rewards and must choose the recorded actions.
+
+    Raises:
+      OtherActionsError: If it chooses others.
+      ValueError: If environments of another maker are to act in parts or to go on.
     """
-    observation, _ = environments.reset(seed=seed)
-    return_to_go = np.full(environments.num_envs, target_return)
-    carry = policy.start(environments.num_envs)
-    while True:
-        carry, action = policy.act(carry, observation, return_to_go)
-        next_observation, reward, terminated, truncated, _ = environments.step(action)
-        done = terminated | truncated
-        yield Transition(observation, return_to_go, action, reward, done)
-        carry = policy.observe(carry, reward, done)
-        observation = next_observation
-        return_to_go = np.where(done, target_return, return_to_go - reward)
+    num_environments = environments.num_envs
+    if not isinstance(environments, DMCVectorEnv) and (num_parts > 1 or played):
+        raise ValueError(
+            "Only environments of make_vector can act in parts or go on where others were; got "
+            f"{type(environments).__name__}. Use num_parts=1 and nothing played."
+        )
+    simulated = environments if isinstance(environments, DMCVectorEnv) else _Lockstep(environments)
+    places = [Part(first, num_parts) for first in range(num_parts)]
+    parts = {place: _Part(policy, place.environments(num_environments), start) for place in places}
+    if played:
+        yield from _replay(parts.values(), played)
+    running = played.running() if played else (np.zeros(num_environments, np.int64), None)
+    first = simulated.begin(start.seed, *running)
+    yield from _play(simulated, parts, first)
+
+
+def _replay(parts: Iterable[_Part], played: Played) -> Iterator[Transition]:
+    for t in range(played.num_steps):
+        for part in parts:
+            if part.is_over:
+                continue
+            transition = played.transition(t, part)
+            difference = np.abs(part.act(transition.observation) - transition.action).max()
+            if not difference <= ACTION_TOLERANCE:
+                raise OtherActionsError(
+                    "A rollout goes on only where its policy chooses the actions that it chose before; at step "
+                    f"{t} they differ by {difference:.3g}. Begin it again."
+                )
+            yield transition
+            part.observe(transition.reward, transition.done)
+
+
+def _play(
+    simulated: DMCVectorEnv | _Lockstep, parts: Mapping[Part, _Part], first: Float[np.ndarray, "N O"]
+) -> Iterator[Transition]:
+    acting = {place: part for place, part in parts.items() if not part.is_over}
+    observation, action = {}, {}
+    for place, part in acting.items():
+        observation[place] = first[part.members]
+        action[place] = part.act(observation[place])
+        simulated.send(action[place], place)
+    while acting:
+        for place, part in list(acting.items()):
+            after, reward, terminated, truncated, infos = simulated.receive(place)
+            done = terminated | truncated
+            failed = np.flatnonzero(infos.get("_failure", False))
+            yield Transition(
+                observation=observation[place],
+                return_to_go=part.return_to_go,
+                action=action[place],
+                reward=reward,
+                done=done,
+                environment=part.members,
+                failures={int(part.members[i]): infos["failure"][i] for i in failed},
+            )
+            part.observe(reward, done)
+            if part.is_over:
+                del acting[place]
+                continue
+            observation[place], action[place] = after, part.act(after)
+            simulated.send(action[place], place)

@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 
-import gymnasium
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from bpt_rl.config import EvaluateConfig
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.envs import tasks
+from bpt_rl.envs.episodes import start_seed
 from bpt_rl.run import protocols, records
 from bpt_rl.run.evaluate import (
     describe_record,
@@ -21,34 +21,11 @@ from bpt_rl.run.evaluate import (
     num_episodes_of,
     target_of,
 )
+from bpt_rl.run.rollout import Start, rollout
 from bpt_rl.run.train import train
 
 TASK = "cartpole_swingup"
 CONFIG = EvaluateConfig(num_chains=3, seed=11)
-
-
-class StartRecorder(gymnasium.vector.VectorWrapper):
-    """Keeps the first observation of every episode, one list a reset."""
-
-    def __init__(self, environments):
-        super().__init__(environments)
-        self.starts = []
-
-    def reset(self, *, seed=None, options=None):
-        observation, infos = self.env.reset(seed=seed, options=options)
-        self.starts.append([observation.copy()])
-        return observation, infos
-
-    def step(self, actions):
-        result = self.env.step(actions)
-        if result[3].any():
-            self.starts[-1].append(result[0].copy())
-        return result
-
-
-@pytest.fixture(scope="module")
-def recorder(environments):
-    return StartRecorder(environments)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +35,8 @@ def run_path(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def record(run_path, recorder):
-    return evaluate_run(run_path, CONFIG, environments=recorder, command="bpt-rl evaluate runs/at")
+def record(run_path, environments):
+    return evaluate_run(run_path, CONFIG, environments=environments, command="bpt-rl evaluate runs/at")
 
 
 def log_of(record, context):
@@ -109,12 +86,12 @@ def test_returns_are_the_sums_of_the_rewards_of_the_same_actions(environments):
     assert math.isnan(log.target_return)
     assert log.num_steps.tolist() == [[50, 50]] * 3
     for i in range(3):
-        seed = int(np.random.SeedSequence([5, i]).generate_state(1)[0])
         # One control step at a time: the 20 that an action is held for are counted here.
-        environment = tasks.make(TASK, seed)
+        environment = tasks.make(TASK, 0)
         policy = RandomPolicy(1, seed=4)
         carry = policy.start(3)
         for episode in range(2):
+            environment.seed(start_seed(5, i, episode))
             observation, total = environment.reset().observation, 0.0
             for t in range(1000):
                 if t % 20 == 0:
@@ -123,14 +100,15 @@ def test_returns_are_the_sums_of_the_rewards_of_the_same_actions(environments):
             np.testing.assert_allclose(log.returns[i, episode], total, rtol=1e-12)
 
 
-def test_every_policy_begins_every_episode_in_the_same_states(record, recorder):
-    chain, memoryless, random = recorder.starts[:3]
-    assert len(chain) == 3
-    for one, two, three in zip(chain, memoryless, random, strict=True):
-        np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, three)
-    assert np.abs(chain[0] - chain[1]).max() > 0
-    assert np.abs(chain[0][0] - chain[0][1]).max() > 0
+def test_every_policy_begins_every_episode_in_the_same_states(environments):
+    def starts(policy):
+        steps = list(rollout(policy, environments, Start(seed=11, num_episodes=3)))
+        return [steps[t].observation for t in (0, 50, 100)]
+
+    one, other = (starts(RandomPolicy(1, seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(one[0] - one[1]).max() > 0
+    assert np.abs(one[0][0] - one[0][1]).max() > 0
 
 
 def test_memoryless_is_a_fresh_policy_in_each_episode_and_the_chain_is_not(record, run_path, environments):
@@ -148,10 +126,10 @@ def test_memoryless_is_a_fresh_policy_in_each_episode_and_the_chain_is_not(recor
             carry = policy.observe(carry, reward, done)
             return_to_go = return_to_go - reward
             returns[:, episode] += reward
-    np.testing.assert_array_equal(log_of(record, "memoryless").returns, returns)
+    # Batches and caches of other sizes sum in another order; what is remembered changes far more.
+    np.testing.assert_allclose(log_of(record, "memoryless").returns, returns, rtol=1e-5)
     chain = log_of(record, "chain").returns
-    # A larger cache sums in another order; what is remembered changes far more.
-    np.testing.assert_allclose(chain[:, 0], returns[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(chain[:, 0], returns[:, 0], rtol=1e-5)
     assert np.abs(chain[:, 1] - returns[:, 1]).min() > 1e-3
 
 
@@ -169,7 +147,7 @@ def test_an_evaluation_is_strict_json_that_reads_back_as_its_logs(record, run_pa
     [file] = [p for p in (run_path / "evaluations").glob("*.json") if json.loads(p.read_text()) == record]
     assert file.name.startswith("00000006_")
     values = json.loads(file.read_text(), parse_constant=refuse)
-    assert values["schema"] == 1
+    assert values["schema"] == 2
     assert values["command"] == "bpt-rl evaluate runs/at"
     assert values["data"]["subset"] == "first-6-episodes"
     for context, target in (("chain", values["target_return"]), ("random", math.nan)):

@@ -1,13 +1,17 @@
 import itertools
 
+import gymnasium
 import numpy as np
 import pytest
 
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.envs import tasks
-from bpt_rl.run.rollout import rollout
+from bpt_rl.envs.episodes import start_seed
+from bpt_rl.run.evaluate import load_params
+from bpt_rl.run.rollout import Start, rollout
 
 TARGET = 40.0
+START = Start(seed=5, target_return=TARGET)
 
 
 class Watcher(RandomPolicy):
@@ -30,7 +34,7 @@ class Watcher(RandomPolicy):
 def watched(environments):
     """A policy and 120 transitions: two episodes of 50 steps and a part of the third."""
     policy = Watcher()
-    return policy, list(itertools.islice(rollout(policy, environments, 5, TARGET), 120))
+    return policy, list(itertools.islice(rollout(policy, environments, START), 120))
 
 
 def test_return_to_go_starts_at_the_target_falls_by_each_reward_and_starts_again(watched):
@@ -61,17 +65,55 @@ def test_the_policy_is_told_what_the_transitions_hold_in_time_order(watched):
 def test_transitions_are_those_of_single_environments_under_the_same_actions(watched):
     _, transitions = watched
     for i in range(3):
-        seed = int(np.random.SeedSequence([5, i]).generate_state(1)[0])
-        environment = tasks.make("cartpole_swingup", seed, action_repeat=20)
+        environment = tasks.make("cartpole_swingup", start_seed(5, i, 0), action_repeat=20)
+        episode = 0
         observation = environment.reset().observation
         for transition in transitions:
             np.testing.assert_array_equal(transition.observation[i], observation)
             step = environment.step(transition.action[i])
             assert (transition.reward[i], transition.done[i]) == (step.reward, step.last())
             # An episode's last observation is no state to act in: the next episode has begun.
+            if step.last():
+                episode += 1
+                environment.seed(start_seed(5, i, episode))
             observation = environment.reset().observation if step.last() else step.observation
 
 
 def test_no_target_asks_for_nothing(environments):
-    for transition in itertools.islice(rollout(Watcher(), environments, 5, float("nan")), 60):
+    for transition in itertools.islice(rollout(Watcher(), environments, Start(seed=5)), 60):
         assert np.isnan(transition.return_to_go).all()
+
+
+def test_chains_in_parts_act_as_they_do_in_one(trained, environments):
+    agent, params, _ = load_params(trained)
+    start = Start(seed=3, target_return=TARGET, num_episodes=2)
+
+    def played(num_parts):
+        rows = {name: [[] for _ in range(3)] for name in ("observation", "action", "reward", "return_to_go")}
+        policy = agent.policy(params, num_episodes=2)
+        for transition in rollout(policy, environments, start, num_parts=num_parts):
+            for name, chains in rows.items():
+                for i, value in zip(transition.environment, getattr(transition, name), strict=True):
+                    chains[i].append(value)
+        return {name: np.array(chains) for name, chains in rows.items()}
+
+    whole, halves, alone = (played(num_parts) for num_parts in (1, 2, 3))
+    for name, expected in whole.items():
+        assert expected.shape[:2] == (3, 100)
+        for parts in (halves, alone):
+            # Float32 sums of batches of other sizes, carried on by the simulator over 50 steps.
+            np.testing.assert_allclose(parts[name], expected, rtol=1e-4, atol=1e-4)
+
+
+class Foreign(gymnasium.vector.VectorWrapper):
+    """Environments of another maker."""
+
+
+def test_environments_of_another_maker_are_played_too_but_not_in_parts(watched, environments):
+    _, transitions = watched
+    foreign = Foreign(environments)
+    for one, other in zip(rollout(Watcher(), foreign, START), transitions[:60], strict=False):
+        np.testing.assert_array_equal(one.observation, other.observation)
+        np.testing.assert_array_equal(one.done, other.done)
+    with pytest.raises(ValueError, match="act in parts or go on where others were; got Foreign"):
+        next(rollout(Watcher(), foreign, START, num_parts=2))
