@@ -11,6 +11,7 @@ Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 FullContext = Literal["refuse", "drop_oldest"]
+ContextOrder = Literal["none", "ascending", "shuffled", "random", "best", "worst"]
 Place = Literal["auto", "accelerator", "host", "stream"]
 
 
