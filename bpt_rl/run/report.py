@@ -1,10 +1,10 @@
-"""Writes what run folders show as one HTML file that needs nothing else: no network, no script."""
+"""Writes what run folders show as one HTML file that needs nothing else: no network, and no script to be read."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from bpt_rl.run import report_page, report_plots, report_verdict
+from bpt_rl.run import report_page, report_plots, report_seeds, report_tables, report_verdict
 from bpt_rl.run.records import write_atomically
 from bpt_rl.run.report_groups import AGENT_TITLES, Group, Run, group_runs, read_runs
 from bpt_rl.run.report_numbers import count
@@ -36,16 +36,21 @@ def render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     task = groups[0].evaluation["task"] if groups else runs[0].config.data.task
     curves = [report_plots.episode_curve(group, index) for index, group in enumerate(groups)]
     training = [report_plots.histogram(runs, groups), report_plots.loss_curves(runs, groups)]
+    asked = [report_plots.calibration(group, index) for index, group in enumerate(groups)]
     sections = [
-        ("Returns", report_page.results(groups)),
-        ("What the numbers say", report_page.checks(groups)),
+        ("Returns", report_tables.results(groups)),
+        ("Episodes that the simulator ended", report_tables.failures(groups)),
+        ("What the numbers say", report_tables.checks(groups)),
+        ("Seeds against seeds", report_seeds.seeds(groups)),
         ("Return within the context", report_page.plots(curves)),
+        ("Return asked for, return obtained", report_page.plots(asked)),
         ("How many trajectories", report_page.plots(report_plots.ablations(groups))),
         ("Data and training", report_page.plots(training) + _not_evaluated(runs)),
-        ("A rendered episode", report_page.renders(runs)),
+        ("Episodes on film", report_page.films(runs)),
+        ("What differs between the runs", report_tables.differences(runs)),
         ("Configuration", report_page.configurations(runs)),
-        ("Versions", report_page.versions(runs)),
-        ("To repeat it", report_page.commands(runs)),
+        ("Versions", report_tables.versions(runs)),
+        ("To repeat it", report_page.commands(runs, groups)),
     ]
     return report_page.page(
         f"{task}: offline RL in long contexts", _subtitle(runs), report_verdict.verdict(groups), sections

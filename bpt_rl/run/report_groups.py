@@ -10,10 +10,10 @@ import numpy as np
 
 from bpt_rl.config import TrainConfig
 from bpt_rl.run.records import RunFolder, log_from_json
-from bpt_rl.types import DataStatistics, EpisodeLog
+from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
 AGENT_TITLES = {"at": "Agentic Transformer", "dt": "Decision Transformer", "bc": "Behaviour cloning"}
-SCHEMA = 1
+SCHEMA = 2
 _WITHOUT_EFFECT = ("run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "logger")
 """Fields of a run's configuration that cannot change what its agent learns, and the seed."""
 
@@ -96,6 +96,33 @@ class Group:
                 f"A group's numbers need an evaluation; {self.title} has none. Run `bpt-rl evaluate`."
             )
         return evaluation
+
+    @property
+    def shown(self) -> str:
+        """The dataset trajectories that stood in context before the first episode, in words; empty if none did."""
+        context = self.evaluation["context"]
+        number = context["num_trajectories"]
+        if not number:
+            return ""
+        return f"shown {number} {'trajectory' if number == 1 else 'trajectories'} of the data, {context['order']}"
+
+    @functools.cached_property
+    def sweep(self) -> list[tuple[float, list[EpisodeLog]]]:
+        """Targets that every run tried beside its own, ascending, with a log of each run."""
+        tried = [
+            {
+                entry["target_return"]: log_from_json(entry["log"])
+                for entry in (run.evaluation or {"sweep": ()})["sweep"]
+            }
+            for run in self.runs
+        ]
+        shared = sorted(target for target in tried[0] if all(target in other for other in tried))
+        return [(target, [logs[target] for logs in tried]) for target in shared]
+
+    def failures(self, context: str) -> list[tuple[Run, EpisodeFailure]]:
+        """Returns the episodes of a context that their simulator ended, each with a run; see `logs` for `random`."""
+        found = [(run, f) for run in self.runs if (log := run.log(context)) for f in log.failures]
+        return list({f: (run, f) for run, f in reversed(found)}.values()) if context == "random" else found
 
     @property
     def has_memory(self) -> bool:
@@ -224,6 +251,8 @@ def settings(run: Run) -> dict[str, str]:
         evaluation = run.evaluation
         for name in ("num_episodes", "action_repeat", "target_rule"):
             found[f"evaluation.{name}"] = str(evaluation[name])
+        for name, value in evaluation["context"].items():
+            found[f"evaluation.context.{name}"] = str(value)
         found["evaluation.subset"] = str(evaluation["data"]["subset"])
         found["evaluation.digest"] = str(evaluation["data"]["digest"])
     return found

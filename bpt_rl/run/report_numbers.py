@@ -7,12 +7,17 @@ from typing import Literal
 
 from bpt_rl.run.protocols import Estimate
 
-Interval = Literal["bootstrap", "one sample", "exact"]
+Interval = Literal["chains", "seeds", "episodes", "resampled seeds", "pairs of seeds", "one sample", "exact"]
 INTERVAL_TEXT: dict[str, str] = {
-    "bootstrap": "95% bootstrap interval",
+    "chains": "95% t interval over chains",
+    "seeds": "95% t interval over the means of seeds",
+    "episodes": "95% t interval over episodes",
+    "resampled seeds": "95% bootstrap interval over seeds",
+    "pairs of seeds": "95% score interval over pairs of seeds",
     "one sample": "one sample, no interval",
     "exact": "exact for the subset, no interval",
 }
+_UNBOUNDED = ("one sample", "exact")
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -33,6 +38,8 @@ class ReportedNumber:
     num_episodes: int
     """Episodes a chain, or of the data."""
     interval: Interval
+    num_failures: int = 0
+    """Episodes among them that their simulator ended, counted with what they had collected."""
     trained: bool = True
     """Whether a trained policy was rolled out."""
     signed: bool = False
@@ -60,9 +67,9 @@ class ReportedNumber:
                 f"Use one of {', '.join(INTERVAL_TEXT)}."
             )
         bounded = math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high
-        if bounded != (self.interval == "bootstrap"):
+        if bounded == (self.interval in _UNBOUNDED):
             raise ValueError(
-                "A reported number must have ordered bounds if its interval is a bootstrap, else none; "
+                "A reported number must have ordered bounds unless it is exact or of one sample; "
                 f"got [{self.low}, {self.high}] and {self.interval!r}. Estimate it with `protocols`."
             )
 
@@ -70,7 +77,7 @@ class ReportedNumber:
     def text(self) -> str:
         """Value and interval."""
         value = format_return(self.value, self.signed)
-        if self.interval != "bootstrap":
+        if self.interval in _UNBOUNDED:
             return value
         return f"{value} {self._bounds}"
 
@@ -86,12 +93,12 @@ class ReportedNumber:
             return f"{self.protocol}; subset {self.subset}; {size}; {INTERVAL_TEXT['exact']}"
         sample = f"{count(self.num_episodes, 'episode')} a chain, {count(self.num_chains, 'chain')}"
         seeds = count(self.num_seeds, "training seed") if self.trained else "no training"
-        interval = INTERVAL_TEXT[self.interval]
-        if self.interval == "bootstrap":
-            interval += " over seeds, then chains" if self.num_seeds > 1 else " over chains"
-            if self.protocol.startswith("null max"):
-                interval = interval.replace("chains", "episodes")
-        return f"{self.protocol}; subset {self.subset}; {sample}; {seeds}; {interval}"
+        failed = f"; {self._failed}" if self.num_failures else ""
+        return f"{self.protocol}; subset {self.subset}; {sample}; {seeds}; {INTERVAL_TEXT[self.interval]}{failed}"
+
+    @property
+    def _failed(self) -> str:
+        return f"{count(self.num_failures, 'episode')} ended by the simulator"
 
     def render_inline(self) -> str:
         """Returns HTML for running text: value and interval, its label for readers and machines."""
@@ -102,14 +109,15 @@ class ReportedNumber:
     def render(self) -> str:
         """Returns HTML: the value, its interval below it, its label for readers and machines."""
         label = html.escape(self.label, quote=True)
-        if self.interval == "bootstrap":
+        if self.interval not in _UNBOUNDED:
             note = self._bounds
         else:
             note = "exact" if self.interval == "exact" else INTERVAL_TEXT["one sample"]
+        failed = f'<small class="failed">{self.num_failures} failed</small>' if self.num_failures else ""
         return (
             f'<span class="number" title="{label}" data-protocol="{html.escape(self.protocol, quote=True)}" '
             f'data-value="{self.value!r}">'
-            f"<b>{format_return(self.value, self.signed)}</b><small>{html.escape(note)}</small>"
+            f"<b>{format_return(self.value, self.signed)}</b><small>{html.escape(note)}</small>{failed}"
             f'<span class="sr">({label})</span></span>'
         )
 
@@ -122,6 +130,7 @@ def reported(
     num_chains: int,
     num_episodes: int,
     protocol: str = "",
+    num_failures: int = 0,
     trained: bool = True,
     signed: bool = False,
 ) -> ReportedNumber:
@@ -135,7 +144,8 @@ def reported(
         num_seeds=num_seeds,
         num_chains=num_chains,
         num_episodes=num_episodes,
-        interval="bootstrap" if estimate.has_interval else "one sample",
+        interval=estimate.basis if estimate.has_interval else "one sample",
+        num_failures=num_failures,
         trained=trained,
         signed=signed,
     )

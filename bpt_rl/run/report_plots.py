@@ -1,47 +1,19 @@
-"""Plots of a report as inline SVG in the page's colour variables: they follow its light or dark theme."""
+"""Plots of a report: loss, returns within the context, ablations, the data, calibration."""
 
-import contextlib
 import dataclasses
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from bpt_rl.run import protocols, report_verdict
 from bpt_rl.run.protocols import Estimate
 from bpt_rl.run.report_groups import Group, Run, settings
 from bpt_rl.run.report_numbers import ReportedNumber, count, format_return
+from bpt_rl.run.report_svg import DASHES, SENTINEL, LegendEntry, Plot, figure_axes, series_entry, to_svg
 
-# Matplotlib knows no CSS variables: each stands in the figure as a colour that nothing else has.
-_ROLES = ("ink", "muted", "grid", "chain", "memoryless", "random", "data", "null")
-NUM_SERIES = 7
-_SENTINEL = {name: f"#00a1{i:02x}" for i, name in enumerate((*_ROLES, *(f"s{i}" for i in range(NUM_SERIES))))}
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 12,
-    "axes.edgecolor": _SENTINEL["grid"],
-    "axes.labelcolor": _SENTINEL["muted"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _SENTINEL["grid"],
-    "ytick.color": _SENTINEL["grid"],
-    "xtick.labelcolor": _SENTINEL["muted"],
-    "ytick.labelcolor": _SENTINEL["muted"],
-    "grid.color": _SENTINEL["grid"],
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "figure.constrained_layout.use": True,
-    "lines.linewidth": 2.2,
-    "lines.solid_capstyle": "round",
-}
-_DASHES = {"solid": "-", "dashed": (0, (5, 3)), "dotted": (0, (1.2, 2.2))}
-_MARKERS = "osD^vPX"
 _FOLLOWS_COUNT = (
     "data.num_trajectories",
     "evaluation.num_episodes",
@@ -52,48 +24,27 @@ _FOLLOWS_COUNT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class LegendEntry:
-    """A line's name and look."""
-
-    label: str
-    variable: str
-    """CSS variable of its colour, without the dashes."""
-    dash: str = "solid"
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """An SVG and the words that go with it."""
-
-    svg: str
-    title: str
-    alt: str
-    caption: str
-    legend: Sequence[LegendEntry]
-
-
 def loss_curves(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     """Returns training loss against gradient step, or None if no run logged any."""
     logged = [run for run in runs if any("loss" in line for line in run.metrics)]
     if not logged:
         return None
-    colours = _colours(logged, groups)
-    with _figure() as (figure, axes):
+    looks = _looks(logged, groups)
+    with figure_axes() as (figure, axes):
         lowest, highest = np.inf, -np.inf
         for run in logged:
             lines = [line for line in run.metrics if "loss" in line]
             step, loss = (np.array([line[key] for line in lines], np.float64) for key in ("step", "loss"))
             step, loss = _thin(step, loss)
             lowest, highest = min(lowest, np.nanmin(loss)), max(highest, np.nanmax(loss))
-            axes.plot(step, loss, color=_SENTINEL[colours[run.name][1]], linewidth=1.6, alpha=0.9)
+            style = looks[run.name].style | {"linewidth": 1.6, "markevery": max(1, len(step) // 6)}
+            axes.plot(step, loss, **style)
         if lowest > 0 and highest > 10 * lowest:
             axes.set_yscale("log")
         axes.set(xlabel="gradient step", ylabel="training loss")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        svg = _svg(figure, "loss")
-    used = {colours[run.name] for run in logged}
-    legend = [LegendEntry(*colour) for colour in dict.fromkeys(colours.values()) if colour in used]
+        svg = to_svg(figure, "loss")
+    legend = list(dict.fromkeys(looks.values()))
     final = "Last logged values: " + ", ".join(f"{run.name} {_last_loss(run):.4g}" for run in logged)
     return Plot(
         svg,
@@ -108,29 +59,33 @@ def episode_curve(group: Group, index: int) -> Plot | None:
     """Returns return against episode index within the context, or None if a context holds one episode."""
     if group.evaluation["num_episodes"] < 2:
         return None
-    curves = {name: protocols.curves(logs) for name in ("chain", "memoryless") if (logs := group.logs(name))}
+    looks = {
+        "chain": LegendEntry(group.chain_title.lower(), "chain", "solid", "o"),
+        "memoryless": LegendEntry("memoryless control", "memoryless", "dashed", "s"),
+    }
     legend, alt = [], []
-    with _figure() as (figure, axes):
-        for name, marker in (("chain", "o"), ("memoryless", "s")):
-            if name not in curves:
-                continue
-            _band(axes, curves[name], name, marker)
-            label = "memoryless control" if name == "memoryless" else group.chain_title.lower()
-            legend.append(LegendEntry(label, name))
-            alt.append(f"{label} goes from {_words(curves[name][0])} to {_words(curves[name][-1])}")
-        for number, label, variable, dash in _references(group):
-            axes.axhline(number.value, color=_SENTINEL[variable], linestyle=_DASHES[dash], linewidth=1.8)
-            legend.append(LegendEntry(f"{label} {number.text}", variable, dash))
-            alt.append(f"{label} is {number.text}")
+    with figure_axes() as (figure, axes):
+        for name, look in looks.items():
+            if logs := group.logs(name):
+                estimates = protocols.curves(logs)
+                _band(axes, estimates, look)
+                legend.append(look)
+                alt.append(f"{look.label} goes from {_words(estimates[0])} to {_words(estimates[-1])}")
+        for number, look in _references(group):
+            axes.axhline(
+                number.value, color=SENTINEL[look.variable], linestyle=DASHES[look.dash], linewidth=1.8
+            )
+            legend.append(look)
+            alt.append(look.label)
         axes.set(xlabel="episode within the context", ylabel="return")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        svg = _svg(figure, f"episodes{index}")
+        svg = to_svg(figure, f"episodes{index}")
     return Plot(
         svg,
         group.title,
         f"Return at each episode of the context, {group.title}: {'; '.join(alt)}.",
-        f"Mean over chains at each episode; bands are pointwise 95% bootstrap intervals. {_sample(group)}.",
+        f"Mean over chains at each episode; bands are pointwise 95% t intervals. {_sample(group)}.",
         legend,
     )
 
@@ -152,18 +107,18 @@ def ablations(groups: Sequence[Group]) -> list[Plot]:
                 null = protocols.null_max_of(control, group.evaluation["num_episodes"])
                 lines.setdefault("null", []).append((size, null))
         looks = {
-            "mean": LegendEntry("mean, context kept", "chain"),
-            "last": LegendEntry("last, context kept", "s5", "dashed"),
-            "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted"),
-            "max": LegendEntry("largest of the context", "chain"),
-            "null": LegendEntry("null max: luck alone", "null", "dashed"),
+            "mean": LegendEntry("mean, context kept", "chain", "solid", "o"),
+            "last": LegendEntry("last, context kept", "s5", "dashed", "s"),
+            "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"),
+            "max": LegendEntry("largest of the context", "chain", "solid", "o"),
+            "null": LegendEntry("null max: luck alone", "null", "dashed", "s"),
         }
         for names, title in (
             (("mean", "last", "memoryless"), "Mean and last"),
             (("max", "null"), "Largest and luck"),
         ):
             shown = {name: lines[name] for name in names if name in lines}
-            caption = f"Bars are 95% bootstrap intervals. {samples}."
+            caption = f"Bars are 95% t intervals. {samples}."
             plot = _ablation(shown, looks, title, f"family{index}-{names[0]}")
             plots.append(dataclasses.replace(plot, caption=caption))
     return plots
@@ -179,6 +134,47 @@ def families(groups: Sequence[Group]) -> list[list[Group]]:
     return [f for f in found.values() if len({g.config.data.num_trajectories for g in f}) >= 2]
 
 
+def calibration(group: Group, index: int) -> Plot | None:
+    """Returns the mean return obtained against the return asked for, or None if no other target was tried."""
+    sweep = group.sweep
+    if not sweep:
+        return None
+    targets = np.array([target for target, _ in sweep])
+    estimates = [protocols.estimate("mean", logs) for _, logs in sweep]
+    look = LegendEntry("mean return obtained", "chain", "solid", "o")
+    ideal = LegendEntry("obtained equals asked", "muted", "dashed")
+    legend = [look, ideal]
+    with figure_axes() as (figure, axes):
+        if statistics := group.runs[0].statistics:
+            low, high = min(statistics.returns), max(statistics.returns)
+            axes.axvspan(low, high, color=SENTINEL["data"], alpha=0.12, linewidth=0)
+            span = f"returns of the data, {format_return(low)} to {format_return(high)}"
+            legend.append(LegendEntry(span, "data", "box"))
+        ends = np.array([min(0.0, targets.min()), targets.max()])
+        axes.plot(ends, ends, **ideal.style)
+        values = np.array([e.value for e in estimates])
+        reach = np.abs(
+            np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
+        )
+        axes.errorbar(targets, values, np.nan_to_num(reach), elinewidth=1.4, capsize=3, **look.style)
+        axes.set(xlabel="return asked for", ylabel="return obtained")
+        svg = to_svg(figure, f"calibration{index}")
+    words = "; ".join(
+        f"asked {format_return(target)}, got {_words(e)}"
+        for target, e in zip(targets, estimates, strict=True)
+    )
+    log = sweep[0][1][0]
+    sizes = f"{count(log.returns.shape[1], 'episode')} a chain, {count(len(log.returns), 'chain')}"
+    subset = f"{count(len(group.runs), 'seed')}, subset {group.evaluation['data']['subset']}"
+    return Plot(
+        svg,
+        group.title,
+        f"Return asked for and mean return obtained, {group.title}: {words}.",
+        f"Mean return of the episodes that asked for each target; bars are 95% t intervals. {sizes}, {subset}.",
+        legend,
+    )
+
+
 def histogram(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     """Returns the distribution of the data's returns with the agents' means, or None without statistics."""
     statistics = next((run.statistics for run in runs if run.statistics), None)
@@ -189,19 +185,21 @@ def histogram(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     random = report_verdict.number(groups[0], "mean", "random") if groups else None
     legend = [LegendEntry(f"data, {len(returns):,} episodes", "muted", "box")]
     samples = f"Subset {groups[0].evaluation['data']['subset']}" if groups else "Not evaluated"
-    with _figure() as (figure, axes):
+    with figure_axes() as (figure, axes):
         bins = np.histogram_bin_edges(returns, bins=min(50, max(10, int(np.sqrt(len(returns))))))
-        axes.hist(returns, bins=bins, color=_SENTINEL["muted"], alpha=0.4)
+        axes.hist(returns, bins=bins, color=SENTINEL["muted"], alpha=0.4)
         if random:
-            axes.axvline(random.value, color=_SENTINEL["random"], linestyle=_DASHES["dashed"])
+            axes.axvline(random.value, color=SENTINEL["random"], linestyle=DASHES["dashed"])
             legend.append(LegendEntry(f"random policy {random.text}", "random", "dashed"))
+        top = axes.get_ylim()[1]
         for index, (title, number) in enumerate(means.items()):
-            variable, dash = f"s{index % NUM_SERIES}", tuple(_DASHES)[index % len(_DASHES)]
-            axes.axvline(number.value, color=_SENTINEL[variable], linestyle=_DASHES[dash])
-            legend.append(LegendEntry(f"{title} {number.text}", variable, dash))
+            look = series_entry(f"{title} {number.text}", index)
+            style = look.style | {"markevery": [1]}
+            axes.plot([number.value, number.value], [0, top * (1 - 0.06 * (index % 5))], **style)
+            legend.append(look)
         axes.set(xlabel="return of an episode", ylabel="episodes of the data")
         axes.grid(axis="x", visible=False)
-        svg = _svg(figure, "histogram")
+        svg = to_svg(figure, "histogram")
     reached = ", ".join(f"{title} {number.text}" for title, number in means.items())
     spread = f"from {format_return(returns.min())} to {format_return(returns.max())}"
     return Plot(
@@ -213,10 +211,11 @@ def histogram(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     )
 
 
-def _references(group: Group) -> list[tuple[ReportedNumber, str, str, str]]:
-    found = [(report_verdict.data_number(group, "mean"), "data mean", "data", "dotted")]
+def _references(group: Group) -> list[tuple[ReportedNumber, LegendEntry]]:
+    data = report_verdict.data_number(group, "mean")
+    found = [(data, LegendEntry(f"data mean {data.text}", "data", "dotted"))]
     if random := report_verdict.number(group, "mean", "random"):
-        found.append((random, "random policy", "random", "dashed"))
+        found.append((random, LegendEntry(f"random policy {random.text}", "random", "dashdot")))
     return found
 
 
@@ -232,11 +231,12 @@ def _sample(group: Group) -> str:
     return f"{sizes}, subset {evaluation['data']['subset']}"
 
 
-def _colours(runs: Sequence[Run], groups: Sequence[Group]) -> Mapping[str, tuple[str, str]]:
-    # Runs of a group share its colour; a run without an evaluation has one of its own.
-    found = {run.name: (g.short_title, f"s{i % NUM_SERIES}") for i, g in enumerate(groups) for run in g.runs}
+def _looks(runs: Sequence[Run], groups: Sequence[Group]) -> Mapping[str, LegendEntry]:
+    # Runs of a group share its look; a run without an evaluation has one of its own.
+    found = {run.name: series_entry(g.short_title, i) for i, g in enumerate(groups) for run in g.runs}
     alone = [run for run in runs if run.name not in found]
-    return found | {run.name: (run.name, f"s{(len(groups) + i) % NUM_SERIES}") for i, run in enumerate(alone)}
+    found |= {run.name: series_entry(run.name, len(groups) + i) for i, run in enumerate(alone)}
+    return {run.name: found[run.name] for run in runs}
 
 
 def _last_loss(run: Run) -> float:
@@ -252,13 +252,12 @@ def _thin(
     return np.array([step[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
 
 
-def _band(axes: Any, estimates: Sequence[Estimate], variable: str, marker: str) -> None:
+def _band(axes: Any, estimates: Sequence[Estimate], look: LegendEntry) -> None:
     x = np.arange(1, len(estimates) + 1)
-    colour = _SENTINEL[variable]
     if estimates[0].has_interval:
         low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, [e.value for e in estimates], color=colour, marker=marker, markersize=5)
+        axes.fill_between(x, low, high, color=SENTINEL[look.variable], alpha=0.2, linewidth=0)
+    axes.plot(x, [e.value for e in estimates], **look.style)
 
 
 def _ablation(
@@ -268,7 +267,7 @@ def _ablation(
     prefix: str,
 ) -> Plot:
     alt = []
-    with _figure() as (figure, axes):
+    with figure_axes() as (figure, axes):
         for position, (name, points) in enumerate(lines.items()):
             look = looks[name]
             # Neighbouring lines are set apart by a few percent, else their error bars hide each other.
@@ -277,10 +276,7 @@ def _ablation(
             errors = np.abs(
                 np.array([[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]])
             )
-            style = {"linestyle": _DASHES[look.dash], "marker": _MARKERS[position], "markersize": 6}
-            axes.errorbar(
-                x, y, np.nan_to_num(errors), color=_SENTINEL[look.variable], elinewidth=1.4, **style
-            )
+            axes.errorbar(x, y, np.nan_to_num(errors), elinewidth=1.4, **look.style)
             values = ", ".join(f"{_words(e)} at {size}" for size, e in points)
             alt.append(f"{look.label}: {values}")
         counts = sorted({size for points in lines.values() for size, _ in points})
@@ -289,35 +285,6 @@ def _ablation(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="trajectories in context", ylabel="return")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        svg = _svg(figure, prefix)
+        svg = to_svg(figure, prefix)
     words = f"Return against trajectories in context. {'; '.join(alt)}."
     return Plot(svg, title, words, "", [looks[name] for name in lines])
-
-
-@contextlib.contextmanager
-def _figure() -> Iterator[tuple[Figure, Any]]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.9))
-        axes = figure.add_subplot()
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
-        yield figure, axes
-
-
-def _svg(figure: Figure, prefix: str) -> str:
-    stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": prefix}):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    box = re.search(r'viewBox="[^"]*"', svg)
-    if box is None:
-        raise ValueError(f"An SVG figure must have a viewBox; got {svg[:200]!r}. Use another matplotlib.")
-    # Namespaces are implied within HTML, and a style sheet in a figure would reach the whole page.
-    svg = re.sub(r"^.*?<svg[^>]*>", f"<svg {box.group()}>", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    # One page holds many figures, and an id may stand in it once.
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    for name, colour in _SENTINEL.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg

@@ -7,7 +7,7 @@ STYLE = """
   --s0: #0072b2; --s1: #d55e00; --s2: #00815f; --s3: #a8467f; --s4: #b07c00; --s5: #3a9fd8; --s6: #4b4f57;
   --good: #00664b; --bad: #a63c00; --good-bg: #e2f3ec; --bad-bg: #fbe9df; --plain-bg: #eceef1;
 }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1b1f25; --ink: #e7e9ec; --muted: #a1a9b4; --grid: #343a43; --accent: #6db8f2;
     --chain: #56b4e9; --memoryless: #ff9352; --random: #9aa3af; --data: #3fc79c; --null: #e091bf;
@@ -21,13 +21,14 @@ body {
   margin: 0; background: var(--paper); color: var(--ink); line-height: 1.55; font-size: 16px;
   font-family: Inter, system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
 }
-header, main { max-width: 1120px; margin: 0 auto; padding: 0 28px; }
+header, main { max-width: 1180px; margin: 0 auto; padding: 0 28px; }
 header { padding-top: 52px; }
 main { padding-bottom: 80px; }
 h1 { font-size: 2.5rem; line-height: 1.12; letter-spacing: -0.022em; margin: 0; font-weight: 680; }
 h2 { font-size: 1.3rem; letter-spacing: -0.01em; margin: 56px 0 16px; padding-top: 18px;
      border-top: 1px solid var(--grid); font-weight: 650; }
 h3 { font-size: 1rem; margin: 0 0 6px; font-weight: 620; }
+pre + h3 { margin-top: 20px; }
 p { margin: 0 0 0.8em; }
 small { display: block; font-size: 0.78rem; color: var(--muted); font-weight: 400; line-height: 1.4;
         overflow-wrap: anywhere; }
@@ -48,17 +49,26 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; font-weight: 500; }
 th, td { padding: 9px 12px; vertical-align: top; }
 th:first-child, td:first-child { padding-left: 0; }
+thead button { all: unset; cursor: pointer; display: inline-block; }
+thead button:focus-visible, .scroll:focus-visible, a:focus-visible { outline: 2px solid var(--accent);
+                                                                    outline-offset: 3px; }
+thead button::before { content: "\\2195\\00a0"; color: var(--muted); font-weight: 400; }
+[aria-sort=ascending] button::before { content: "\\2191\\00a0"; color: var(--accent); font-weight: 700; }
+[aria-sort=descending] button::before { content: "\\2193\\00a0"; color: var(--accent); font-weight: 700; }
+a { color: var(--accent); }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 650; vertical-align: bottom; }
-.results { min-width: 900px; }
+.results { min-width: 1000px; font-size: 0.92rem; }
+.results td, .results thead th:not(:first-child) { padding-left: 8px; padding-right: 8px; }
 .results td, .results thead th:not(:first-child) { text-align: right; }
-.results tbody { border-bottom: 1px solid var(--grid); }
+.results tbody tr:last-child > * { border-bottom: 1px solid var(--grid); }
 .results .group th { padding-top: 18px; padding-bottom: 2px; font-weight: 650; }
 .results .group span { position: sticky; left: 0; display: inline-block;
                        max-width: calc(100vw - 36px); }
 .results tr:not(.group) > th:first-child { position: sticky; left: 0; background: var(--paper);
                                            min-width: 150px; max-width: 260px; }
 .results .number b { display: block; font-weight: 620; white-space: nowrap; }
-.results .number small { white-space: nowrap; }
+.number small { white-space: nowrap; }
+.number .failed { color: var(--bad); }
 .none { color: var(--muted); }
 .checks { min-width: 820px; }
 .checks tbody tr { border-bottom: 1px solid var(--grid); }
@@ -80,34 +90,84 @@ figure svg text { font-family: inherit !important; font-variant-numeric: tabular
 figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0 0 8px; padding: 0;
           font-size: 0.84rem; color: var(--muted); font-variant-numeric: tabular-nums; }
-.legend i { display: inline-block; width: 22px; margin-right: 7px; vertical-align: middle;
-            border-top: 3px solid var(--c); }
-.legend .dashed { border-top-style: dashed; }
-.legend .dotted { border-top-style: dotted; }
-.legend .box { border-top-width: 11px; opacity: 0.45; }
-.gifs { display: flex; flex-wrap: wrap; gap: 22px; }
-.gif { width: fit-content; max-width: 100%; }
-.gif img { display: block; width: 320px; max-width: 100%; height: auto; border-radius: 4px; }
+.key { position: relative; display: inline-block; width: 30px; margin-right: 7px; text-align: center;
+       line-height: 1; height: 1em; vertical-align: -0.12em; color: var(--c); }
+.key i { position: absolute; left: 0; right: 0; top: calc(50% - 1.5px); border-top: 3px solid var(--c); }
+.key b { position: relative; font-weight: 400; font-size: 0.72rem; }
+.key .dashed { border-top-style: dashed; }
+.key .dotted { border-top-style: dotted; }
+.key .dashdot { border: 0; height: 3px; top: calc(50% - 1px); background:
+                repeating-linear-gradient(90deg, var(--c) 0 11px, transparent 11px 14px, var(--c) 14px 17px,
+                                          transparent 17px 20px); }
+.key .box { position: static; display: inline-block; width: 22px; border-top-width: 11px; opacity: 0.4; }
+.films { display: grid; gap: 22px; }
+.pair { display: flex; flex-wrap: wrap; gap: 22px; }
+.film { width: fit-content; max-width: 100%; }
+.film img, .film video { display: block; width: 400px; max-width: 100%; height: auto; border-radius: 4px; }
 details { border-top: 1px solid var(--grid); padding: 8px 0; }
 details[open] { padding-bottom: 16px; }
 summary { cursor: pointer; font-weight: 560; }
 details pre { margin-top: 10px; }
-.versions { width: auto; min-width: 460px; font-size: 0.9rem; }
-.versions tbody tr { border-bottom: 1px solid var(--grid); }
-.versions th, .versions td { padding-top: 5px; padding-bottom: 5px; }
+.plain { width: auto; min-width: min(460px, 100%); font-size: 0.9rem; }
+.plain tbody tr { border-bottom: 1px solid var(--grid); }
+.plain th, .plain td { padding-top: 6px; padding-bottom: 6px; }
+.plain th:first-child { position: sticky; left: 0; background: var(--paper); max-width: 240px;
+                        overflow-wrap: anywhere; }
+.differences td { overflow-wrap: anywhere; min-width: 84px; max-width: 260px; }
+.seeds td { white-space: nowrap; }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
       white-space: nowrap; }
 .number { position: relative; }
-@media (max-width: 640px) {
+@media screen and (max-width: 640px) {
   header, main { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 30px; }
   h1 { font-size: 1.9rem; }
   h2 { margin-top: 40px; }
   .verdict { padding: 16px 16px 6px; }
   .verdict p:first-child { font-size: 1.1rem; }
-  .inline-number { white-space: normal; }
-  .results tr:not(.group) > th:first-child { min-width: 104px; max-width: 130px; }
+  .inline-number, .margin .inline-number { white-space: normal; }
   figure { padding: 12px 12px 10px; }
+  .results, .checks, .seeds { display: block; min-width: 0; width: 100%; }
+  .results tbody, .checks tbody, .seeds tbody { display: block; }
+  .results thead, .checks thead, .seeds thead { display: block; border-bottom: 2px solid var(--ink); }
+  .results thead tr, .checks thead tr, .seeds thead tr { display: flex; flex-wrap: wrap; gap: 0 16px; }
+  .results thead tr > th, .checks thead tr > th, .seeds thead tr > th { border: 0; min-width: 0;
+    padding: 3px 0 !important; }
+  .results thead small { display: none; }
+  .results tbody tr, .checks tbody tr, .seeds tbody tr { display: grid; padding: 8px 0;
+    grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 2px 14px; }
+  .results tbody th, .checks tbody th, .seeds tbody th { grid-column: 1 / -1; position: static; padding: 4px 0 0;
+    max-width: none; }
+  .results tr:not(.group) > th:first-child { position: static; max-width: none; }
+  .results tbody td, .checks tbody td, .seeds tbody td { padding: 4px 0; text-align: left; white-space: normal; }
+  .results tbody .none, .seeds tbody .none { display: none; }
+  .results tbody tr:last-child > * { border: 0; }
+  .results tbody { border-bottom: 1px solid var(--grid); }
+  td[data-label]::before { content: attr(data-label); display: block; font-size: 0.78rem; color: var(--muted); }
 }
-@media print { .verdict, figure { break-inside: avoid; } body { background: none; } }
+@page { margin: 14mm; }
+@media print {
+  body { background: none; font-size: 11pt; }
+  header, main { max-width: none; padding-left: 0; padding-right: 0; }
+  header { padding-top: 0; }
+  h1 { font-size: 1.8rem; }
+  h2 { margin-top: 28px; break-after: avoid; }
+  h3 { break-after: avoid; }
+  .verdict, figure, tr, .group + tr { break-inside: avoid; }
+  .group { break-after: avoid; }
+  .scroll { overflow: visible; }
+  .results, .checks { min-width: 0; font-size: 0.74rem; }
+  .results small, .checks small { font-size: 0.66rem; }
+  .plain { font-size: 0.72rem; }
+  .differences { width: 100%; }
+  .differences td { min-width: 0; }
+  .key i { print-color-adjust: exact; }
+  .results tr:not(.group) > th:first-child { min-width: 0; }
+  th, td { padding: 5px 5px; }
+  th:first-child { position: static !important; }
+  thead button::before { content: none !important; }
+  .plots { grid-template-columns: 1fr 1fr; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+}
 """

@@ -47,7 +47,9 @@ def number(group: Group, name: str, context: str) -> ReportedNumber | None:
     else:
         estimate = protocols.estimate(name, logs)
     title = f"{name}, {title}"
-    return _reported(group, estimate, title, trained=context != "random", signed=name == "improvement")
+    if is_null and not group.has_memory and context == "memoryless":
+        context = "chain"
+    return _reported(group, estimate, title, context=context, signed=name in ("improvement", "slope"))
 
 
 def data_number(group: Group, name: Literal["mean", "best"]) -> ReportedNumber:
@@ -142,7 +144,8 @@ def _against_random(group: Group) -> Check:
     )
     own = _some(number(group, name, "chain"))
     evidence = f"{own.render_inline()} against {random.render_inline()} for uniform-random actions."
-    return _check(group, _RANDOM, margin, f"{name}, less twice the random policy's mean", evidence)
+    title = f"{name}, less twice the random policy's mean"
+    return _check(_RANDOM, _reported(group, margin, title, against="random"), evidence)
 
 
 def _against_data(group: Group) -> Check:
@@ -153,7 +156,7 @@ def _against_data(group: Group) -> Check:
     margin = dataclasses.replace(chains, value=chains.value - data.value, low=low, high=high)
     subset = html.escape(str(group.evaluation["data"]["subset"]))
     evidence = f"{own.render_inline()} against {data.render_inline()} (subset {subset})."
-    return _check(group, _DATA, margin, f"{name}, less the data's mean", evidence)
+    return _check(_DATA, _reported(group, margin, f"{name}, less the data's mean", signed=True), evidence)
 
 
 def _context_helps(group: Group) -> Check:
@@ -163,12 +166,12 @@ def _context_helps(group: Group) -> Check:
         return _unmeasured(group, _MEMORY)
     margin = protocols.difference(name, group.logs("chain"), group.logs("memoryless"))
     title = f"{name}, context kept less memoryless control"
-    gain = _reported(group, margin, title, signed=True)
+    gain = _reported(group, margin, title, against="memoryless")
     evidence = (
         "with its context cleared before each episode the same checkpoint returns "
         f"{control.render_inline()}, a difference of {gain.render_inline()}."
     )
-    return _check(group, _MEMORY, margin, title, evidence)
+    return _check(_MEMORY, gain, evidence)
 
 
 def _beyond_luck(group: Group) -> Check:
@@ -181,7 +184,7 @@ def _beyond_luck(group: Group) -> Check:
         f"{group.evaluation['num_episodes']} episodes drawn from the memoryless control is "
         f"{null.render_inline()}."
     )
-    return _check(group, _LUCK, margin, "max, less the null max", evidence)
+    return _check(_LUCK, _reported(group, margin, "max, less the null max", against="memoryless"), evidence)
 
 
 def _unmeasured(group: Group, question: str) -> Check:
@@ -190,20 +193,27 @@ def _unmeasured(group: Group, question: str) -> Check:
     return Check(question, "does not apply", "no episode is remembered in the next.")
 
 
-def _check(group: Group, question: str, margin: Estimate, title: str, evidence: str) -> Check:
-    return Check(question, _sign(margin), evidence, _reported(group, margin, title, signed=True))
+def _check(question: str, margin: ReportedNumber, evidence: str) -> Check:
+    return Check(question, _sign(margin), evidence, margin)
 
 
-def _sign(margin: Estimate) -> Answer:
+def _sign(margin: ReportedNumber) -> Answer:
     if math.isnan(margin.low):
         return "undecided"
     return "yes" if margin.low > 0 else "no" if margin.high < 0 else "undecided"
 
 
 def _reported(
-    group: Group, estimate: Estimate, title: str, *, trained: bool = True, signed: bool = False
+    group: Group,
+    estimate: Estimate,
+    title: str,
+    *,
+    context: str = "chain",
+    against: str = "",
+    signed: bool = False,
 ) -> ReportedNumber:
     evaluation = group.evaluation
+    trained = context != "random"
     return reported(
         estimate,
         subset=evaluation["data"]["subset"],
@@ -211,8 +221,9 @@ def _reported(
         num_chains=evaluation["num_chains"],
         num_episodes=evaluation["num_episodes"],
         protocol=title,
+        num_failures=sum(len(group.failures(name)) for name in (context, against) if name),
         trained=trained,
-        signed=signed,
+        signed=signed or bool(against),
     )
 
 

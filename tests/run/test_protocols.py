@@ -59,6 +59,7 @@ def test_slope_is_the_least_squares_line_of_each_chain():
     returns = np.random.default_rng(4).normal(size=(5, 7))
     lines = [np.polyfit(np.arange(7), chain, 1)[0] for chain in returns]
     np.testing.assert_allclose(protocols.per_chain("slope", make_log(returns)), lines, rtol=1e-9)
+    assert protocols.slope(make_log([[3.0, 5.0], [4.0, 8.0]])).value == 3.0
     assert protocols.slope(make_log([[3.0], [4.0]])).value == 0.0
 
 

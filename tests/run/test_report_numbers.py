@@ -12,7 +12,7 @@ NUMBER = {
     "num_seeds": 1,
     "num_chains": 3,
     "num_episodes": 2,
-    "interval": "bootstrap",
+    "interval": "chains",
 }
 
 
