@@ -29,20 +29,15 @@ def target_return(
       multiple: Factor on what the rule gives.
 
     Raises:
-      ValueError: If the rule is unknown, or the target is not finite.
+      ValueError: If the target is not finite.
     """
-    match rule:
-        case "largest":
-            base, words = statistics.largest_return, "largest return in the data"
-        case "quantile":
-            base = float(np.quantile(statistics.returns, quantile))
-            words = f"{quantile} quantile of the data's returns"
-        case float() | int():
-            base, words = float(rule), "explicit"
-        case _:
-            raise ValueError(
-                f"A target's rule must be largest, quantile or a number; got {rule!r}. Use largest."
-            )
+    if rule == "largest":
+        base, words = statistics.largest_return, "largest return in the data"
+    elif rule == "quantile":
+        base = float(np.quantile(statistics.returns, quantile))
+        words = f"{quantile} quantile of the data's returns"
+    else:
+        base, words = rule, "explicit"
     target = base * multiple
     if not math.isfinite(target):
         raise ValueError(
