@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from bpt_rl.config import FullContext
 from bpt_rl.datasets.chains import Chain
+from bpt_rl.datasets.transitions import TransitionBatch
 from bpt_rl.types import PackedBatch, Transition
 
 Params = Any
@@ -81,6 +82,22 @@ class Agent(Protocol):
         Raises:
           ValueError: If actions are to be drawn and the agent has no Gaussian head.
         """
+
+
+@runtime_checkable
+class OfflineLearner(Protocol):
+    """A method that learns from single transitions; holds configuration only."""
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns the state before the first update: a pytree of arrays that travels through `jit` and `lax.scan`."""
+
+    def update(
+        self, state: Any, batch: TransitionBatch, key: jax.Array
+    ) -> tuple[Any, dict[str, Float[jax.Array, ""]]]:
+        """Returns the state after one gradient step of every network, and metrics; `key` draws noise and samples."""
+
+    def policy(self, state: Any) -> Policy:
+        """Returns the policy that takes the actor's mean."""
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ ROOMS = {
     "bench_config": 0,
     "collect_config": 0,
     "config_checks": 0,
+    "td_config": 0,
     "envs": 1,
     "datasets": 2,
     "nn": 3,
