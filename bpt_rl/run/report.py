@@ -58,9 +58,8 @@ def render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    agents = [
-        title for agent, title in AGENT_TITLES.items() if any(run.config.agent == agent for run in runs)
-    ]
+    used = sorted({run.config.agent for run in runs}, key=[*AGENT_TITLES, *(r.config.agent for r in runs)].index)
+    agents = [AGENT_TITLES.get(agent, agent.upper()) for agent in used]
     return f"{', '.join(agents)}. {count(len(runs), 'training run')}."
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from bpt_rl.run.records import RunFolder, log_from_json
 from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
 AGENT_TITLES = {"at": "Agentic Transformer", "dt": "Decision Transformer", "bc": "Behaviour cloning"}
+"""In the order of the tables; other agents follow under the names of their configuration."""
+_WITH_CONTEXT = ("at", "dt")
 SCHEMA = 2
 _WITHOUT_EFFECT = ("run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "logger")
 """Fields of a run's configuration that cannot change what its agent learns, and the seed."""
@@ -57,13 +60,13 @@ class Group:
     @property
     def agent_title(self) -> str:
         """The agent's name in full."""
-        return AGENT_TITLES[self.config.agent]
+        return AGENT_TITLES.get(self.config.agent, self.config.agent.upper())
 
     @property
     def subtitle(self) -> str:
         """What the agent was shown, and what else sets the group apart."""
         data = self.config.data
-        if self.config.agent == "bc":
+        if self.config.agent not in _WITH_CONTEXT:
             seen = (
                 f"best {data.top_fraction:.0%} of the episodes" if data.top_fraction < 1 else "all episodes"
             )
@@ -81,7 +84,7 @@ class Group:
         """The title for a legend."""
         name = self.config.agent.upper()
         data = self.config.data
-        if self.config.agent == "bc":
+        if self.config.agent not in _WITH_CONTEXT:
             name = name if data.top_fraction == 1 else f"{name}-{data.top_fraction:.0%}"
         else:
             name = f"{name} n={data.num_trajectories}"
@@ -105,6 +108,11 @@ class Group:
         if not number:
             return ""
         return f"shown {number} {'trajectory' if number == 1 else 'trajectories'} of the data, {context['order']}"
+
+    @functools.cached_property
+    def asks(self) -> bool:
+        """Whether the agent is asked for a return."""
+        return not any(math.isnan(log.target_return) for log in self.logs("chain"))
 
     @functools.cached_property
     def sweep(self) -> list[tuple[float, list[EpisodeLog]]]:
@@ -132,7 +140,7 @@ class Group:
     @property
     def chain_title(self) -> str:
         """What the log `chain` is, in a word or two."""
-        if self.config.agent == "bc":
+        if self.config.agent not in _WITH_CONTEXT:
             return "No context"
         return "Context kept" if self.has_memory else "One episode in context"
 
@@ -240,7 +248,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     keys = [dict(key) for key in members]
     groups = [Group(runs, _note(dict(key), keys)) for key, runs in members.items()]
     order = {agent: index for index, agent in enumerate(AGENT_TITLES)}
-    return sorted(groups, key=lambda g: (order[g.config.agent], g.config.data.num_trajectories, g.note))
+    return sorted(
+        groups,
+        key=lambda g: (order.get(g.config.agent, len(order)), g.config.agent, g.config.data.num_trajectories, g.note),
+    )
 
 
 def settings(run: Run) -> dict[str, str]:

@@ -100,7 +100,7 @@ def _group_rows(group: Group, index: int) -> str:
         count(len(group.runs), "seed"),
         f"step {' to '.join(f'{step:,}' for step in dict.fromkeys((steps[0], steps[-1])))}",
     ]
-    if group.config.agent != "bc":
+    if group.asks:
         notes.append(f"target {evaluation['target_return']:,.1f} ({evaluation['target_rule']})")
     if group.shown:
         notes.append(group.shown)

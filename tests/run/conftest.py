@@ -1,24 +1,34 @@
 """A small store of real cartpole episodes and one run trained on it, shared by the tests of this folder."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
+from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.collect_config import CollectConfig
 from bpt_rl.config import BuildConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
+from bpt_rl.run import records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.collect import collect
 from bpt_rl.run.step import init_state, make_optimizer
 from bpt_rl.run.train import train
+from bpt_rl.types import EpisodeLog
 
 TASK = "cartpole_swingup"
 ACTION_REPEAT = 20
 """An episode of 1000 control steps has 50 agent steps."""
+_VERSIONS = {"packages": {"jax": "0.11.2", "numpy": "2.4.6"}, "python": "3.11.7", "git_commit": "abc123"}
+_RETURNS = {
+    "chain": [[30.0, 50.0], [34.0, 46.0], [32.0, 54.0]],
+    "memoryless": [[30.0, 32.0], [34.0, 31.0], [32.0, 33.0]],
+    "random": [[10.0, 11.0], [12.0, 9.0], [10.0, 8.0]],
+}
 
 
 @pytest.fixture(scope="session")
@@ -115,3 +125,95 @@ def assert_same_bits():
             assert a.tobytes() == b.tobytes(), path
 
     return check
+
+
+@pytest.fixture(scope="session")
+def write_run():
+    """Writes a run folder with one evaluation, or none if `logs` is empty; keywords replace parts of the record."""
+    return _write_run
+
+
+@pytest.fixture(scope="session")
+def evaluated_log():
+    """Returns the JSON form of a log with these returns."""
+    return _evaluated_log
+
+
+def _evaluated_log(returns, context, asked=True, failures=()):
+    returns = np.asarray(returns, np.float64)
+    made = EpisodeLog(
+        returns=returns,
+        num_steps=np.full(returns.shape, 1000, np.int64),
+        context=context,
+        task="walker_run",
+        action_repeat=1,
+        target_return=60.0 if asked and context != "random" else float("nan"),
+        seed=1_000_000,
+        failures=tuple(failures),
+    )
+    return records.log_to_json(made)
+
+
+def _write_run(
+    root, name, *, agent="at", seed=0, num_trajectories=2, logs=None, task="walker_run", **evaluation
+):
+    """A run folder with one evaluation, or none if `logs` is empty."""
+    folder = records.RunFolder(root / name)
+    folder.evaluations_path.mkdir(parents=True)
+    data = DataConfig(num_trajectories=num_trajectories, task=task)
+    folder.config_path.write_text(
+        config_toml.to_toml(TrainConfig(run=name, agent=agent, seed=seed, data=data))
+    )
+    statistics = {
+        "task": task,
+        "observation_mean": [0.0, 0.0],
+        "observation_std": [1.0, 1.0],
+        "action_dim": 6,
+        "action_repeat": 1,
+        "episode_steps": 1000,
+        "returns": [5.0, 10.0, 20.0, 25.0, 60.0],
+        "reward_abs_max": 1.0,
+        "num_episodes": 5,
+        "source": "walker/proto",
+        "subset": "first-5",
+        "subset_digest": "5" * 64,
+        "digest": "d1",
+    }
+    records.write_json(folder.path / "statistics.json", statistics)
+    command = f"bpt-rl train at.toml --seed {seed}"
+    records.write_json(folder.path / "versions.json", _VERSIONS | {"command": command})
+    lines = [{"step": 20 * i, "loss": 1 / i} for i in range(1, 30)]
+    folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs = _RETURNS if logs is None else logs
+    if logs:
+        record = {
+            "schema": 2,
+            "agent": agent,
+            "run": name,
+            "step": 600,
+            "task": task,
+            "num_episodes": np.shape(logs["chain"])[1],
+            "num_chains": len(logs["chain"]),
+            "num_trajectories": num_trajectories,
+            "action_repeat": 1,
+            "target_return": 60.0,
+            "target_rule": "largest return in the data",
+            "train_seed": seed,
+            "environment_seed": 1_000_000,
+            "data": {
+                "source": "walker/proto",
+                "subset": "first-5",
+                "subset_digest": "5" * 64,
+                "digest": "d1",
+                "mean_return": 24.0,
+                "largest_return": 60.0,
+                "num_episodes": 5,
+            },
+            "context": {"num_trajectories": 0, "order": "none", "overflow": "refuse"},
+            "logs": {c: _evaluated_log(r, c, asked=agent != "bc") for c, r in logs.items()},
+            "sweep": [],
+            "versions": _VERSIONS,
+            "command": f"bpt-rl evaluate {name}",
+        }
+        records.write_json(folder.evaluations_path / "step.json", record | evaluation)
+    return folder.path

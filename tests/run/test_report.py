@@ -1,103 +1,19 @@
 import base64
 import html.parser
 import itertools
-import json
 import re
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
-from bpt_rl import config, config_toml
 from bpt_rl.run import protocols, records, report_groups, report_verdict
 from bpt_rl.run.report import write_report
-from bpt_rl.types import EpisodeLog
 
-VERSIONS = {"packages": {"jax": "0.11.2", "numpy": "2.4.6"}, "python": "3.11.7", "git_commit": "abc123"}
 CHAIN = [[30.0, 50.0], [34.0, 46.0], [32.0, 54.0]]
 MEMORYLESS = [[30.0, 32.0], [34.0, 31.0], [32.0, 33.0]]
 RANDOM = [[10.0, 11.0], [12.0, 9.0], [10.0, 8.0]]
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-
-
-def log(returns, context):
-    returns = np.asarray(returns, np.float64)
-    made = EpisodeLog(
-        returns=returns,
-        num_steps=np.full(returns.shape, 1000, np.int64),
-        context=context,
-        task="walker_run",
-        action_repeat=1,
-        target_return=float("nan") if context == "random" else 60.0,
-        seed=1_000_000,
-        seconds=1.0,
-    )
-    return records.log_to_json(made)
-
-
-def write_run(
-    root, name, *, agent="at", seed=0, num_trajectories=2, logs=None, task="walker_run", **evaluation
-):
-    """A run folder with one evaluation, or none if `logs` is empty."""
-    folder = records.RunFolder(root / name)
-    folder.evaluations_path.mkdir(parents=True)
-    data = config.DataConfig(num_trajectories=num_trajectories, task=task)
-    folder.config_path.write_text(
-        config_toml.to_toml(config.TrainConfig(run=name, agent=agent, seed=seed, data=data))
-    )
-    statistics = {
-        "task": task,
-        "observation_mean": [0.0, 0.0],
-        "observation_std": [1.0, 1.0],
-        "action_dim": 6,
-        "action_repeat": 1,
-        "episode_steps": 1000,
-        "returns": [5.0, 10.0, 20.0, 25.0, 60.0],
-        "reward_abs_max": 1.0,
-        "num_episodes": 5,
-        "source": "walker/proto",
-        "subset": "first-5",
-        "subset_digest": "5" * 64,
-        "digest": "d1",
-    }
-    records.write_json(folder.path / "statistics.json", statistics)
-    command = f"bpt-rl train at.toml --seed {seed}"
-    records.write_json(folder.path / "versions.json", VERSIONS | {"command": command})
-    lines = [{"step": 20 * i, "loss": 1 / i} for i in range(1, 30)]
-    folder.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    logs = {"chain": CHAIN, "memoryless": MEMORYLESS, "random": RANDOM} if logs is None else logs
-    if logs:
-        record = {
-            "schema": 2,
-            "agent": agent,
-            "run": name,
-            "step": 600,
-            "task": task,
-            "num_episodes": np.shape(logs["chain"])[1],
-            "num_chains": len(logs["chain"]),
-            "num_trajectories": num_trajectories,
-            "action_repeat": 1,
-            "target_return": 60.0,
-            "target_rule": "largest return in the data",
-            "train_seed": seed,
-            "environment_seed": 1_000_000,
-            "data": {
-                "source": "walker/proto",
-                "subset": "first-5",
-                "subset_digest": "5" * 64,
-                "digest": "d1",
-                "mean_return": 24.0,
-                "largest_return": 60.0,
-                "num_episodes": 5,
-            },
-            "context": {"num_trajectories": 0, "order": "none", "overflow": "refuse"},
-            "logs": {context: log(returns, context) for context, returns in logs.items()},
-            "sweep": [],
-            "versions": VERSIONS,
-            "command": f"bpt-rl evaluate {name}",
-        }
-        records.write_json(folder.evaluations_path / "step.json", record | evaluation)
-    return folder.path
 
 
 class Page(html.parser.HTMLParser):
@@ -144,12 +60,12 @@ def make_page(paths, out):
 
 
 @pytest.fixture
-def single(tmp_path):
+def single(tmp_path, write_run):
     return write_run(tmp_path, "at_seed0")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text(tmp_path_factory, write_run):
     """The report of one run, with a film."""
     path = write_run(tmp_path_factory.mktemp("one"), "at_seed0")
     (path / "evaluations" / "episode.gif").write_bytes(b"GIF89a-not-really")
@@ -203,7 +119,7 @@ def test_verdict_says_what_the_intervals_say(page):
     assert "The largest return of a chain is more than luck:" in text
 
 
-def test_verdict_does_not_claim_what_the_memoryless_control_does_as_well(tmp_path):
+def test_verdict_does_not_claim_what_the_memoryless_control_does_as_well(tmp_path, write_run):
     same = {
         "chain": [[20.0, 40.0], [40.0, 22.0], [30.0, 28.0]],
         "memoryless": [[38.0, 20.0], [22.0, 40.0], [31.0, 29.0]],
@@ -215,7 +131,7 @@ def test_verdict_does_not_claim_what_the_memoryless_control_does_as_well(tmp_pat
     assert "More than luck" not in text
 
 
-def test_one_chain_is_reported_without_an_interval(tmp_path):
+def test_one_chain_is_reported_without_an_interval(tmp_path, write_run):
     path = write_run(tmp_path, "at", logs={"chain": [[30.0, 50.0]], "memoryless": [[30.0, 31.0]]})
     text = make_page([path], tmp_path / "report.html").text
     assert "40.0 (one sample, no interval)" in text
@@ -223,7 +139,7 @@ def test_one_chain_is_reported_without_an_interval(tmp_path):
     assert "It cannot be told from the mean of the data" in text
 
 
-def test_agent_without_memory_has_no_context_to_judge(tmp_path):
+def test_agent_without_memory_has_no_context_to_judge(tmp_path, write_run):
     path = write_run(tmp_path, "bc", agent="bc", num_trajectories=1, logs={"chain": CHAIN, "random": RANDOM})
     page = make_page([path], tmp_path / "report.html")
     found = {protocol: value for protocol, value, _ in page.numbers}
@@ -233,7 +149,7 @@ def test_agent_without_memory_has_no_context_to_judge(tmp_path):
     assert "Not measured" not in page.text
 
 
-def test_seeds_of_one_experiment_are_grouped(tmp_path):
+def test_seeds_of_one_experiment_are_grouped(tmp_path, write_run):
     higher = [[r + 20 for r in chain] for chain in CHAIN]
     paths = [
         write_run(tmp_path, "a", seed=0),
@@ -248,16 +164,17 @@ def test_seeds_of_one_experiment_are_grouped(tmp_path):
             "95% t interval over the means of seeds",
         )
     ]
-    (group,) = report_groups.group_runs(report_groups.read_runs(paths))
+    runs = report_groups.read_runs(paths)
+    (group,) = report_groups.group_runs(runs)
     assert len(group.logs("chain")) == 2
     # Random actions were the same in both: one sample, not two.
     assert len(group.logs("random")) == 1
-    single = protocols.mean(records.log_from_json(log(RANDOM, "random")))
+    single = protocols.mean(records.log_from_json(runs[0].evaluation["logs"]["random"]))
     random = report_verdict.number(group, "mean", "random")
     assert (random.low, random.high) == (single.low, single.high)
 
 
-def test_other_settings_make_another_group_and_are_named(tmp_path):
+def test_other_settings_make_another_group_and_are_named(tmp_path, write_run):
     paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", target_rule="0.9 quantile")]
     groups = report_groups.group_runs(report_groups.read_runs(paths))
     assert [g.note for g in groups] == ["target rule 0.9 quantile", "target rule largest return in the data"]
@@ -289,7 +206,7 @@ def test_plots_are_valid_svg_in_the_colours_of_the_page(text):
     assert any("from 5.00 to 60.0" in label for label in labels)
 
 
-def test_ablation_appears_only_with_two_trajectory_counts(tmp_path):
+def test_ablation_appears_only_with_two_trajectory_counts(tmp_path, write_run):
     paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", agent="dt", num_trajectories=4)]
     assert "How many trajectories" not in make_page(paths, tmp_path / "one.html").text
     paths.append(write_run(tmp_path, "c", num_trajectories=8))
@@ -301,7 +218,7 @@ def test_ablation_appears_only_with_two_trajectory_counts(tmp_path):
     assert any(re.search(r"luck alone: 32\.9 .* at 2, 32\.9 .* at 8", label) for label in page.labels)
 
 
-def test_run_without_evaluation_shows_its_training_alone(tmp_path):
+def test_run_without_evaluation_shows_its_training_alone(tmp_path, write_run):
     page = make_page([write_run(tmp_path, "at", logs={})], tmp_path / "report.html")
     assert "None of these runs has been evaluated" in page.text
     assert "Not evaluated yet: at." in page.text
@@ -324,7 +241,7 @@ def test_commands_configuration_and_versions_are_shown(page):
     assert "0.11.2" in page.text and "git commit" in page.text and "abc123" in page.text
 
 
-def test_text_from_files_is_escaped(tmp_path):
+def test_text_from_files_is_escaped(tmp_path, write_run):
     path = write_run(tmp_path, "at", target_rule="<script>alert(1)</script>")
     text = write_report([path], tmp_path / "report.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
@@ -339,7 +256,7 @@ def test_folder_as_out_receives_report_html(single, tmp_path):
     assert write_report([single], tmp_path) == tmp_path / "report.html"
 
 
-def test_errors_say_what_to_do(single, tmp_path):
+def test_errors_say_what_to_do(single, tmp_path, write_run):
     out = tmp_path / "report.html"
     with pytest.raises(ValueError, match="needs a run folder; got none"):
         write_report([], out)
