@@ -155,7 +155,16 @@ def _evaluated_log(returns, context, asked=True, failures=()):
 
 
 def _write_run(
-    root, name, *, agent="at", seed=0, num_trajectories=2, logs=None, task="walker_run", **evaluation
+    root,
+    name,
+    *,
+    agent="at",
+    seed=0,
+    num_trajectories=2,
+    logs=None,
+    task="walker_run",
+    failures=(),
+    **evaluation,
 ):
     """A run folder with one evaluation, or none if `logs` is empty."""
     folder = records.RunFolder(root / name)
@@ -210,7 +219,10 @@ def _write_run(
                 "num_episodes": 5,
             },
             "context": {"num_trajectories": 0, "order": "none", "overflow": "refuse"},
-            "logs": {c: _evaluated_log(r, c, asked=agent != "bc") for c, r in logs.items()},
+            "logs": {
+                c: _evaluated_log(r, c, asked=agent != "bc", failures=failures if c == "chain" else ())
+                for c, r in logs.items()
+            },
             "sweep": [],
             "versions": _VERSIONS,
             "command": f"bpt-rl evaluate {name}",
