@@ -1,5 +1,7 @@
 """Tests of the policy of a model that was trained on windows."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -35,9 +37,33 @@ def config_of(layout="fused", num_trajectories=1, distribution="deterministic", 
         agent=agent,
         data=DataConfig(num_trajectories=num_trajectories, window=WINDOW),
         model=ModelConfig(
-            layout=layout, embed_dim=16, num_layers=1, dropout=0.0, action_distribution=distribution
+            layout=layout,
+            embed_dim=16,
+            num_layers=1,
+            dropout=0.0,
+            action_distribution=distribution,
+            implementation="reference",
+            activations="keep",
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def make(draw_parameters):
+    """Returns the agent of a configuration, its graph and parameters."""
+
+    def agent_of(config):
+        drawn = draw_parameters(lambda: TrajectoryModel(config.model, 2, 1, EPISODE_STEPS, rngs=nnx.Rngs(0)))
+        return make_agent(config, STATISTICS), *drawn
+
+    return agent_of
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)  # halves the compile time
+def full_pass(graph, params, batch):
+    return nnx.merge(graph, params)(batch).mean
 
 
 def play(policy, num_episodes=2):
@@ -63,32 +89,41 @@ def play(policy, num_episodes=2):
 
 
 @pytest.mark.parametrize("layout", ["fused", "return_state_action", "return_state_action_reward"])
-def test_windowed_policy_equals_the_model_on_the_last_window_of_the_episode(layout):
-    config = config_of(layout)
-    agent = make_agent(config, STATISTICS)
-    params = agent.init(jax.random.key(1))
+def test_windowed_policy_equals_the_model_on_the_last_window_of_the_episode(make, layout):
+    agent, graph, params = make(config_of(layout))
     played = play(agent.policy(params))
-    graph = nnx.graphdef(TrajectoryModel(config.model, 2, 1, EPISODE_STEPS, nnx.Rngs(0)))
-    model, normalizer = nnx.merge(graph, params), Normalizer.from_statistics(STATISTICS, "largest_return")
+    normalizer = Normalizer.from_statistics(STATISTICS, "largest_return")
     for t in range(2 * EPISODE_STEPS):
         start = max(t - t % EPISODE_STEPS, t + 1 - WINDOW)
-        window = PackedBatch(*(field[:, start : t + 1] for field in played))
-        expected = model(normalizer(window)).mean[:, -1]
+        # Padding behind it, so that every window has one shape.
+        spare = WINDOW - (t + 1 - start)
+        window = PackedBatch(
+            *(
+                np.pad(field[:, start : t + 1], ((0, 0), (0, spare)) + ((0, 0),) * (field.ndim - 2))
+                for field in played
+            )
+        )
+        expected = full_pass(graph, params, normalizer(window))[:, t - start]
         np.testing.assert_allclose(played.action[:, t], expected, atol=1e-5)  # float32, other summation order
 
 
-def test_drawn_actions_repeat_with_their_seed_alone():
-    agent = make_agent(config_of(distribution="gaussian"), STATISTICS)
-    params = agent.init(jax.random.key(1))
+def test_drawn_actions_repeat_with_their_seed_alone(make):
+    agent, _, params = make(config_of(distribution="gaussian"))
     first, same, other = (play(agent.policy(params, sample_seed=s), 1).action for s in (0, 0, 1))
     np.testing.assert_array_equal(first, same)
     assert np.abs(first - other).max() > 1e-3
 
 
-def test_drawing_from_a_deterministic_head_is_refused():
-    agent = make_agent(config_of(), STATISTICS)
+def test_drawing_from_a_deterministic_head_is_refused(make):
+    agent, _, params = make(config_of())
     with pytest.raises(ValueError, match="Drawing actions needs a Gaussian head"):
-        agent.policy(agent.init(jax.random.key(1)), sample_seed=0)
+        agent.policy(params, sample_seed=0)
+
+
+def test_trajectories_as_context_are_refused(make):
+    agent, _, params = make(config_of())
+    with pytest.raises(ValueError, match=r"model of whole episodes only.*trained on windows of 3 steps"):
+        agent.policy(params).start(0, [])
 
 
 def test_a_chain_of_windows_is_refused():
@@ -96,9 +131,9 @@ def test_a_chain_of_windows_is_refused():
         make_agent(config_of(agent="at", num_trajectories=2), STATISTICS)
 
 
-def test_an_episode_longer_than_any_of_the_data_is_refused():
-    agent = make_agent(config_of(), STATISTICS)
-    policy = agent.policy(agent.init(jax.random.key(1)))
+def test_an_episode_longer_than_any_of_the_data_is_refused(make):
+    agent, _, params = make(config_of())
+    policy = agent.policy(params)
     carry = policy.start(NUM_ENVIRONMENTS)
     carry = carry._replace(step=np.full(NUM_ENVIRONMENTS, EPISODE_STEPS, np.int32))
     with pytest.raises(ValueError, match=f"up to {EPISODE_STEPS} steps; got step {EPISODE_STEPS + 1}"):
