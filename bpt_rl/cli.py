@@ -41,7 +41,8 @@ def _train(call: Call) -> None:
     with Stages(1) as stages, stages.stage(f"train {config.agent}") as advance:
 
         def report(step: int, total: int, values: Mapping[str, float]) -> None:
-            advance(step, total, note=f"loss {values['loss']:.4f}")
+            name = "loss" if "loss" in values else "critic_loss"
+            advance(step, total, note=f"{name.replace('_', ' ')} {values[name]:.4f}")
 
         def announce(line: str) -> None:
             print(line, file=sys.stderr)
@@ -54,7 +55,9 @@ def _evaluate(call: Call) -> None:
     paths, options = split(call, "a run folder")
     config = parse(config_lib.EvaluateConfig, call, options)
     from bpt_rl.run.console import Advance, Stages
-    from bpt_rl.run.evaluate import describe_record, evaluate_run, render_run
+    from bpt_rl.run.evaluate import evaluate_run
+    from bpt_rl.run.evaluation_record import describe_record
+    from bpt_rl.run.film_sources import film_evaluation
 
     with Stages(len(paths)) as stages:
         for path in paths:
@@ -65,7 +68,7 @@ def _evaluate(call: Call) -> None:
 
                 record = evaluate_run(Path(path), config, command=call.command, report_progress=report)
             print(describe_record(record))
-            print(render_run(Path(path), config))
+            print(film_evaluation(Path(path)))
 
 
 def _render(call: Call) -> None:

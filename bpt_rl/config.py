@@ -6,6 +6,7 @@ from typing import Literal
 
 from bpt_rl.collect_config import Algorithm, CollectConfig
 from bpt_rl.config_checks import not_negative, positive
+from bpt_rl.td_config import TDAgentName, TDConfig
 
 Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
@@ -157,7 +158,7 @@ class OptimizerConfig:
             )
 
 
-AgentName = Literal["at", "dt", "bc"]
+AgentName = Literal["at", "dt", "bc", TDAgentName]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,11 +168,14 @@ class TrainConfig:
     run: str = "runs/at"
     """Run folder. If it holds checkpoints of the same configuration, training goes on from the last."""
     agent: AgentName = "at"
-    """at: Agentic Transformer; dt: Decision Transformer; bc: behaviour cloning (an MLP)."""
+    """at: Agentic Transformer; dt: Decision Transformer; bc: behaviour cloning (an MLP); td3, td3_bc, crr, cql, iql:
+    learning from single transitions, which reads td.* in place of model.* and optimizer.*, and of data.* the store, the
+    task and the place."""
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    td: TDConfig = dataclasses.field(default_factory=TDConfig)
     return_scale: Literal["largest_return", "mean_return", "none"] = "largest_return"
     """Returns-to-go are divided by this statistic of the data before they enter the model."""
     checkpoint_every: int = 1000
@@ -212,11 +216,25 @@ class EvaluateConfig:
     """Episodes of a chain, in one context (n); 0 means the run's num_trajectories, 4 or more for dt, bc."""
     num_chains: int = 16
     """Chains rolled out in parallel, each in an environment of its own."""
-    target: Literal["largest", "quantile"] = "largest"
-    """Target return: the data's largest, or its `target_quantile`."""
+    target: Literal["largest", "quantile", "explicit"] = "largest"
+    """Target return: the data's largest, their `target_quantile`, or `target_value`."""
     target_quantile: float = 0.9
+    target_value: float = 0.0
+    """Return asked for, unscaled, if target is explicit."""
     target_multiple: float = 1.0
     """Factor on the target return."""
+    target_sweep: tuple[float, ...] = ()
+    """Also roll out chains of `sweep_episodes` that ask for these multiples of the target: is what is asked obtained?"""
+    sweep_episodes: int = 1
+    context_order: ContextOrder = "none"
+    """Trajectories of the training data that each context begins with. random: drawn; ascending: the same, by return,
+    as in training; shuffled: the same, in another order; best, worst: the data's, ascending."""
+    num_context_trajectories: int = 0
+    """How many of them, before the episodes of the chain."""
+    context_capacity: int = 0
+    """Trajectories that fit into a context, given and played; 0 for all."""
+    full_context: FullContext = "refuse"
+    """What to do with a chain that outgrows context_capacity: refuse it, or drop the oldest trajectories, whole."""
     sample: bool = False
     """Draw actions from a Gaussian head instead of taking their mean; agents without one take their action."""
     seed: int = 1_000_000
@@ -229,10 +247,18 @@ class EvaluateConfig:
     """Also roll out uniform-random actions."""
 
     def __post_init__(self) -> None:
-        positive(self, "num_chains", "target_multiple")
-        not_negative(self, "num_episodes", "num_workers", "seed")
+        positive(self, "num_chains", "target_multiple", "sweep_episodes")
+        not_negative(
+            self, "num_episodes", "num_workers", "seed", "num_context_trajectories", "context_capacity"
+        )
         if not 0 <= self.target_quantile <= 1:
             raise ValueError(f"target_quantile must lie in [0, 1]; got {self.target_quantile}. 0.9 is usual.")
+        if (self.num_context_trajectories == 0) != (self.context_order == "none"):
+            raise ValueError(
+                "A context has an order just if it has trajectories; got context_order "
+                f"{self.context_order!r} and num_context_trajectories {self.num_context_trajectories}. Set both or "
+                "neither."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def train_line(root, path, **changes):
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
     # Rendering has its own tests, and takes tens of seconds.
-    monkeypatch.setattr("bpt_rl.run.render.BACKENDS", ())
+    monkeypatch.setattr("bpt_rl.run.film.BACKENDS", ())
     monkeypatch.delenv("MUJOCO_GL", raising=False)
 
 
@@ -142,7 +142,7 @@ def test_from_collecting_to_the_report(cli, project, tmp_path):
     line = f"evaluate {root}/at --num-chains 2 --num-workers 1"
     out = cli.succeed(line)
     assert "one training seed (0); 2 chains of 2 episodes" in out
-    assert "No episode was rendered" in out
+    assert "No episode was drawn" in out
     [record] = folder.evaluations()
     assert (record["num_episodes"], record["command"]) == (2, f"bpt-rl {line}")
 

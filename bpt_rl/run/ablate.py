@@ -10,7 +10,8 @@ from gymnasium.vector import VectorEnv
 from bpt_rl.config import AblateConfig, TrainConfig
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
-from bpt_rl.run.evaluate import check_simulated, evaluate_run
+from bpt_rl.run.evaluate import evaluate_run
+from bpt_rl.run.evaluated_run import check_simulated
 from bpt_rl.run.train import train
 
 Progress = Callable[[int, int], None]

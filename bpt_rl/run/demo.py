@@ -12,7 +12,9 @@ from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.ablate import ablate
 from bpt_rl.run.collect import collect
 from bpt_rl.run.console import Advance, Stages
-from bpt_rl.run.evaluate import describe_record, evaluate_run, render_run
+from bpt_rl.run.evaluate import evaluate_run
+from bpt_rl.run.evaluation_record import describe_record
+from bpt_rl.run.film_sources import film_evaluation
 from bpt_rl.run.records import RunFolder
 from bpt_rl.run.report import write_report
 from bpt_rl.run.train import Progress, train
@@ -43,15 +45,15 @@ def demo(config: DemoConfig, *, command: str = "") -> Path:
             runs = _train_and_evaluate(ablation, baselines, environments, stages, command)
         finally:
             environments.close()
-        with stages.stage("render an episode, write the report") as advance:
+        with stages.stage("draw two episodes, write the report") as advance:
             # The last cell has the most trajectories.
-            rendering = render_run(runs[len(ablation.num_trajectories) - 1], ablation.evaluate)
+            films = film_evaluation(runs[len(ablation.num_trajectories) - 1])
             advance(1, 2)
             report = write_report(runs, out / "report.html")
             advance(2, 2)
     for run in runs:
         print(describe_record(RunFolder(run).evaluations()[-1]))
-    print(rendering)
+    print(films)
     return report
 
 

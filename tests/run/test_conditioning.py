@@ -9,7 +9,7 @@ from bpt_rl.datasets.chains import build_chain
 from bpt_rl.datasets.packing import STEP_FIELDS
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.conditioning import context_chains, target_return
-from bpt_rl.run.evaluate import load_params
+from bpt_rl.run.evaluated_run import load_params
 
 TASK = "cartpole_swingup"
 DATA = DataConfig(task=TASK)

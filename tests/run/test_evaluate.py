@@ -13,14 +13,11 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.envs import tasks
 from bpt_rl.envs.episodes import start_seed
 from bpt_rl.run import protocols, records
-from bpt_rl.run.evaluate import (
-    describe_record,
-    evaluate,
-    evaluate_run,
-    load_params,
-    num_episodes_of,
-    target_of,
-)
+from bpt_rl.run.conditioning import context_chains
+from bpt_rl.run.evaluate import evaluate, evaluate_run
+from bpt_rl.run.evaluated_run import EvaluatedRun, load_params
+from bpt_rl.run.evaluation_record import describe_record
+from bpt_rl.run.film_sources import run_episodes
 from bpt_rl.run.rollout import Start, rollout
 from bpt_rl.run.train import train
 
@@ -32,6 +29,11 @@ CONFIG = EvaluateConfig(num_chains=3, seed=11)
 def run_path(trained, tmp_path_factory):
     """A copy of the trained run that evaluations may be written to."""
     return shutil.copytree(trained.path, tmp_path_factory.mktemp("evaluate") / "at")
+
+
+@pytest.fixture(scope="module")
+def opened(trained):
+    return EvaluatedRun.open(trained, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,12 @@ def test_n_trajectories_mean_n_in_training_and_n_at_evaluation(tiny, store_path,
     ("agent", "asked", "expected"), [("at", 0, 2), ("at", 5, 5), ("bc", 0, 4), ("bc", 1, 1), ("dt", 0, 4)]
 )
 def test_episodes_are_those_asked_for_else_those_of_training_else_four(
-    tiny, tmp_path, agent, asked, expected
+    opened, tiny, tmp_path, agent, asked, expected
 ):
-    assert num_episodes_of(EvaluateConfig(num_episodes=asked), tiny(tmp_path, agent=agent)) == expected
+    asked_run = dataclasses.replace(
+        opened, config=EvaluateConfig(num_episodes=asked), trained=tiny(tmp_path, agent=agent)
+    )
+    assert asked_run.num_episodes == expected
 
 
 def test_returns_are_the_sums_of_the_rewards_of_the_same_actions(environments):
@@ -188,9 +193,136 @@ def test_a_policy_without_memory_is_asked_for_nothing_and_has_no_second_control(
         ),
     ],
 )
-def test_target_returns_come_from_the_data_by_a_named_rule(trained, changes, target, rule):
-    statistics = dataclasses.replace(trained.statistics(), returns=(1.0, 2.0, 3.0, 5.0, 8.0))
-    assert target_of(EvaluateConfig(**changes), statistics) == (target, rule)
+def test_target_returns_come_from_the_data_by_a_named_rule(opened, changes, target, rule):
+    statistics = dataclasses.replace(opened.statistics, returns=(1.0, 2.0, 3.0, 5.0, 8.0))
+    asked = dataclasses.replace(opened, config=EvaluateConfig(**changes), statistics=statistics)
+    assert asked.target == (target, rule)
+
+
+@pytest.fixture(scope="module")
+def shown(run_path, environments):
+    """An evaluation whose contexts begin with two trajectories, outgrow their capacity, and ask for three targets."""
+    config = dataclasses.replace(
+        CONFIG,
+        num_episodes=3,
+        context_order="ascending",
+        num_context_trajectories=2,
+        context_capacity=3,
+        full_context="drop_oldest",
+        target="explicit",
+        target_value=40.0,
+        target_sweep=(0.5, 1.0),
+        random=False,
+    )
+    return config, evaluate_run(run_path, config, environments=environments)
+
+
+def test_contexts_begin_with_the_datas_trajectories_and_drop_the_oldest(
+    shown, run_path, store_path, environments
+):
+    _, record = shown
+    assert record["context"] == {
+        "num_trajectories": 2,
+        "order": "ascending",
+        "capacity": 3,
+        "overflow": "drop_oldest",
+    }
+    assert (record["target_return"], record["target_rule"]) == (40.0, "explicit")
+    # By hand: the same policy, begun with the same trajectories.
+    folder = records.RunFolder(run_path)
+    agent, params, _ = load_params(folder)
+    policy = agent.policy(params, num_episodes=1, full_context="drop_oldest")
+    with Store.open(store_path) as store:
+        contexts = context_chains(
+            store,
+            folder.config().data,
+            num_trajectories=2,
+            order="ascending",
+            target_return=40.0,
+            num_chains=3,
+            seed=11,
+        )
+    start = Start(seed=11, target_return=40.0, contexts=contexts, num_episodes=3)
+    returns = np.zeros((3, 3))
+    episode = np.zeros(3, int)
+    for transition in rollout(policy, environments, start):
+        running = np.flatnonzero(episode < 3)
+        returns[running, episode[running]] += transition.reward[running]
+        episode += transition.done
+    # The evaluation acts in two parts, and sums in another order may differ in the last bits, which chaos lets grow.
+    np.testing.assert_allclose(log_of(record, "chain").returns, returns, rtol=1e-3)
+    assert "each context begun with 2 trajectories of the data (ascending)" in describe_record(record)
+
+
+def test_a_sweep_asks_for_multiples_of_the_target(shown):
+    _, record = shown
+    assert [asked["target_return"] for asked in record["sweep"]] == [20.0, 40.0]
+    logs = [records.log_from_json(asked["log"]) for asked in record["sweep"]]
+    assert [log.returns.shape for log in logs] == [(3, 1), (3, 1)]
+    assert [log.target_return for log in logs] == [20.0, 40.0]
+    # The second asks for what the chains' first episodes asked for, in the same environments and contexts.
+    np.testing.assert_allclose(logs[1].returns[:, 0], log_of(record, "chain").returns[:, 0], rtol=1e-3)
+    assert record["sweep"][0]["estimates"]["mean"]["value"] == logs[0].returns.mean()
+    assert "asked for 20.0: mean" in describe_record(record)
+
+
+@pytest.mark.parametrize(
+    ("agent", "changes", "words"),
+    [
+        ("at", {"context_capacity": 1}, "context_capacity 1 for 0 given and 2 played"),
+        ("at", {"target_sweep": (1.0,), "sweep_episodes": 9, "context_capacity": 3}, "and 9 played"),
+        (
+            "at",
+            {
+                "num_context_trajectories": 3,
+                "context_order": "best",
+                "context_capacity": 3,
+                "full_context": "drop_oldest",
+            },
+            "room for the trajectories it begins with and one episode; got num_context_trajectories 3",
+        ),
+        ("dt", {"num_context_trajectories": 1, "context_order": "best"}, "got num_context_trajectories 1"),
+        ("bc", {"target_sweep": (0.5,)}, "asked for a return can be swept over targets; got 'bc'"),
+    ],
+)
+def test_what_the_agent_cannot_be_asked_is_refused(opened, tiny, tmp_path, agent, changes, words):
+    asked = dataclasses.replace(
+        opened, config=dataclasses.replace(CONFIG, **changes), trained=tiny(tmp_path, agent=agent)
+    )
+    with pytest.raises(ValueError, match=words):
+        asked.check()
+
+
+def test_trajectories_of_other_data_are_not_shown(opened, trained):
+    config = dataclasses.replace(CONFIG, num_context_trajectories=1, context_order="best")
+    other = dataclasses.replace(trained.statistics(), digest="f" * 64)
+    asked = dataclasses.replace(opened, config=config, statistics=other)
+    with pytest.raises(ValueError, match="must be of the training data, digest ffffffff"):
+        asked.contexts(1.0)
+
+
+def test_the_first_and_the_last_episode_are_simulated_again_as_they_were_played(shown, run_path, tmp_path):
+    _, record = shown
+    [path] = sorted(run_path.glob("evaluations/*_episodes.npz"), key=lambda p: p.stat().st_mtime_ns)[-1:]
+    with np.load(path) as file:
+        values = dict(file)
+    # Summed, as the log's were, from the rewards that the simulators paid; `run_episodes` holds its own against them.
+    returns = log_of(record, "chain").returns[0]
+    assert values["first_reward"].sum() == pytest.approx(returns[0], rel=1e-12)
+    assert values["last_reward"].sum() == pytest.approx(returns[2], rel=1e-12)
+    first, last = run_episodes(run_path)
+    assert (first.name, last.name) == tuple(
+        f"{path.stem.removesuffix('_episodes')}_{n}" for n in ("first", "last")
+    )
+    assert first.physics.shape == last.physics.shape == (51, 4)
+    assert not np.array_equal(first.physics, last.physics)
+    other = tmp_path / "run" / "evaluations"
+    other.mkdir(parents=True)
+    np.savez(other / path.name, **(values | {"last_action": -values["last_action"]}))
+    with pytest.raises(ValueError, match="must be simulated again as it was played, with a return of"):
+        run_episodes(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="must have been evaluated for its episodes to be drawn"):
+        run_episodes(tmp_path / "nothing")
 
 
 def test_what_is_no_finished_run_is_refused(trained, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.envs import tasks
 from bpt_rl.envs.episodes import start_seed
-from bpt_rl.run.evaluate import load_params
+from bpt_rl.run.evaluated_run import load_params
 from bpt_rl.run.rollout import Start, rollout
 
 TARGET = 40.0

@@ -1,0 +1,232 @@
+"""A trained run as an evaluation sees it: its newest checkpoint, and what it is asked and shown."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bpt_rl.agents.base import Agent, Params, Policy
+from bpt_rl.agents.random import RandomPolicy
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.datasets.chains import Chain
+from bpt_rl.datasets.minari_source import UNSIMULATED
+from bpt_rl.datasets.store import Store
+from bpt_rl.run import conditioning, records
+from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.episode_log import LogPlan
+from bpt_rl.run.evaluation_record import SCHEMA
+from bpt_rl.run.rollout import Start
+from bpt_rl.run.step import init_state, make_optimizer
+from bpt_rl.types import DataStatistics
+
+
+def check_simulated(source: str) -> None:
+    """Checks that a store's source is not a Minari dataset whose task has no simulator here.
+
+    Raises:
+      ValueError: If it is one.
+    """
+    if source.startswith(UNSIMULATED):
+        raise ValueError(
+            "A run can be evaluated only where its task can be simulated; there is no simulator for the Minari "
+            f"dataset {source.removeprefix(UNSIMULATED)}. Give `bpt_rl.run.evaluate.evaluate` environments of yours."
+        )
+
+
+def load_params(folder: records.RunFolder) -> tuple[Agent, Params, int]:
+    """Returns the agent of a run, its newest parameters and their gradient step.
+
+    Raises:
+      FileNotFoundError: If the folder is no run folder or holds no complete checkpoint.
+      ValueError: If the checkpoint belongs to another architecture than the folder's configuration.
+    """
+    config = folder.config()
+    agent = make_agent(config, folder.statistics())
+    optimizer = make_optimizer(config.optimizer)
+    template = jax.eval_shape(lambda: init_state(agent, optimizer, config.seed))
+    with Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
+        if saved.latest_step is None:
+            raise FileNotFoundError(
+                f"A run must have a complete checkpoint to be evaluated; {folder.path} has none. "
+                "Run the same `bpt-rl train` command again: it goes on from where it was."
+            )
+        state = saved.restore(saved.latest_step, template)
+        return agent, state.params, saved.latest_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatedRun:
+    """A run's newest checkpoint, and how it is to be asked."""
+
+    config: EvaluateConfig
+    trained: TrainConfig
+    statistics: DataStatistics
+    agent: Agent
+    params: Params
+    step: int
+
+    @classmethod
+    def open(cls, folder: records.RunFolder, config: EvaluateConfig) -> "EvaluatedRun":
+        """Returns the run's newest checkpoint.
+
+        Raises:
+          FileNotFoundError: If the folder is no run folder or has no checkpoint.
+          ValueError: If the task has no simulator, or the agent cannot be asked so.
+        """
+        trained, statistics = folder.config(), folder.statistics()
+        check_simulated(statistics.source)
+        agent, params, step = load_params(folder)
+        subject = cls(
+            config=config, trained=trained, statistics=statistics, agent=agent, params=params, step=step
+        )
+        subject.check()
+        return subject
+
+    def check(self) -> None:
+        """Refuses what would be found out only while chains are rolled out, or never."""
+        config, given = self.config, self.config.num_context_trajectories
+        if self.trained.agent != "at" and (given or config.context_capacity):
+            raise ValueError(
+                "Only an agentic transformer's context holds trajectories; got num_context_trajectories "
+                f"{given} and context_capacity {config.context_capacity} for agent {self.trained.agent!r}. Leave "
+                "them out."
+            )
+        if not self.is_conditioned and config.target_sweep:
+            raise ValueError(
+                f"Only an agent that is asked for a return can be swept over targets; got {self.trained.agent!r}. "
+                "Leave target_sweep out."
+            )
+        if self.capacity <= given:
+            raise ValueError(
+                "A context must have room for the trajectories it begins with and one episode; got "
+                f"num_context_trajectories {given} and context_capacity {config.context_capacity}. Raise the capacity."
+            )
+        num_played = max(self.num_episodes, config.sweep_episodes if config.target_sweep else 0)
+        if config.full_context == "refuse" and self.capacity < given + num_played:
+            raise ValueError(
+                "A context must hold the whole chain, since full_context is refuse; got context_capacity "
+                f"{config.context_capacity} for {given} given and {num_played} played trajectories. Raise it, "
+                "or set full_context to drop_oldest."
+            )
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the agent is asked for a return."""
+        return self.trained.agent != "bc"
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of a chain: as asked; else for `at` those of training, for the others 4."""
+        of_training = self.trained.data.num_trajectories if self.trained.agent == "at" else 4
+        return self.config.num_episodes or of_training
+
+    @property
+    def capacity(self) -> int:
+        """Trajectories that a context holds."""
+        return self.config.context_capacity or self.config.num_context_trajectories + self.num_episodes
+
+    @property
+    def sample_seed(self) -> int | None:
+        """Seed of drawn actions; None where the mean is taken."""
+        is_drawn = self.config.sample and self.trained.model.action_distribution == "gaussian"
+        return self.config.seed if is_drawn else None
+
+    @functools.cached_property
+    def target(self) -> tuple[float, str]:
+        """The target return, and in words the rule it came from."""
+        config = self.config
+        return conditioning.target_return(
+            config.target_value if config.target == "explicit" else config.target,
+            self.statistics,
+            quantile=config.target_quantile,
+            multiple=config.target_multiple,
+        )
+
+    def policy(self, *, clear_context: bool = False) -> Policy:
+        """Returns the agent's policy; the memoryless control if its context is to be cleared."""
+        return self.agent.policy(
+            self.params,
+            num_episodes=self.capacity - self.config.num_context_trajectories,
+            clear_context=clear_context,
+            full_context=self.config.full_context,
+            sample_seed=self.sample_seed,
+        )
+
+    def contexts(self, target: float) -> Sequence[Chain] | None:
+        """Returns what each chain's context begins with, asked for a target.
+
+        Raises:
+          FileNotFoundError: If the training data are not where they were.
+          ValueError: If other data lie there, or too few episodes.
+        """
+        config, data = self.config, self.trained.data
+        if config.context_order == "none":
+            return None
+        with Store.open(data.store) as store:
+            if store.digest != self.statistics.digest:
+                raise ValueError(
+                    f"A context's trajectories must be of the training data, digest {self.statistics.digest[:8]}; "
+                    f"{data.store} has {store.digest[:8]}. Build the store again as it was."
+                )
+            return conditioning.context_chains(
+                store,
+                data,
+                num_trajectories=config.num_context_trajectories,
+                order=config.context_order,
+                target_return=target,
+                num_chains=config.num_chains,
+                seed=config.seed,
+            )
+
+    def plan(self, name: str, target: float, num_episodes: int) -> LogPlan:
+        """Returns what to roll out; of a policy that is asked for nothing the target is NaN."""
+        is_random, num_chains = name == "random", self.config.num_chains
+        start = Start(
+            seed=self.config.seed,
+            target_return=target if self.is_conditioned and not is_random else math.nan,
+            contexts=None if is_random else self.contexts(target),
+            num_episodes=num_episodes,
+        )
+        # What draws its actions draws for all chains at once.
+        draws = is_random or self.sample_seed is not None
+        return LogPlan(
+            task=self.statistics.task,
+            num_episodes=num_episodes,
+            num_chains=num_chains,
+            action_repeat=self.statistics.action_repeat,
+            context=name,
+            start=start,
+            num_parts=1 if draws else min(2, num_chains),
+        )
+
+    def policies(self) -> dict[str, Policy]:
+        """Returns what is rolled out over whole chains, by the name of its log."""
+        policies: dict[str, Policy] = {"chain": self.policy()}
+        if self.config.memoryless and self.trained.agent == "at" and self.num_episodes > 1:
+            policies["memoryless"] = self.policy(clear_context=True)
+        if self.config.random:
+            policies["random"] = RandomPolicy(self.statistics.action_dim, self.config.seed)
+        return policies
+
+    def journal_key(self) -> dict[str, Any]:
+        """Returns all that the numbers depend on; in how many processes they come about does not count."""
+        weights = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.params):
+            weights.update(np.asarray(leaf).tobytes())
+        statistics = self.statistics
+        return {
+            "parameters": weights.hexdigest(),
+            "evaluate": repr(dataclasses.replace(self.config, num_workers=0)),
+            "train": repr(self.trained),
+            "num_episodes": self.num_episodes,
+            "data": [statistics.task, statistics.action_repeat, statistics.digest, statistics.subset_digest],
+            "versions": records.versions(),
+            "device": jax.devices()[0].device_kind,
+            "schema": SCHEMA,
+        }
