@@ -224,7 +224,7 @@ class EvaluateConfig:
     target_multiple: float = 1.0
     """Factor on the target return."""
     target_sweep: tuple[float, ...] = ()
-    """Also roll out chains of `sweep_episodes` that ask for these multiples of the target: is what is asked obtained?"""
+    """Also roll out chains of `sweep_episodes` that ask for these multiples of the target: is it obtained?"""
     sweep_episodes: int = 1
     context_order: ContextOrder = "none"
     """Trajectories of the training data that each context begins with. random: drawn; ascending: the same, by return,
