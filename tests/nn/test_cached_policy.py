@@ -287,6 +287,17 @@ def test_deterministic_head_refuses_to_draw(make):
         agent.policy(make(config)[1], sample_seed=0)
 
 
+def test_an_agents_full_context_may_drop_its_oldest_episodes(make):
+    agent, config = agent_of(AgenticTransformer, "fused", "per_episode")
+    policy = agent.policy(make(config)[1], num_episodes=3, full_context="drop_oldest")
+    carry = policy.start(2)
+    for t in range(16):
+        carry, _ = policy.act(carry, OBSERVATION[0], np.ones(2))
+        carry = policy.observe(carry, np.zeros(2), np.full(2, t in (4, 9, 14)))
+    np.testing.assert_array_equal(carry.end.num_steps, [11, 11])
+    np.testing.assert_array_equal(carry.end.episode, [2, 2])
+
+
 @pytest.mark.parametrize(
     ("ends_at", "message"), [((4, 9, 14), "holds 15 and step 16 came"), ((), "up to 5 steps; got step 6")]
 )
