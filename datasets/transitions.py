@@ -66,12 +66,11 @@ class TransitionDraw:
     discount: float
     """A step."""
 
-    def __call__(self, transitions: Transitions, key: Any) -> TransitionBatch:
-        """Returns a batch drawn with a key of JAX, inside or outside of jit."""
+    def indices(self, transitions: Transitions, key: Any) -> Int[Any, "B"]:
+        """Returns the numbers of a batch's transitions, drawn with a key of JAX."""
         import jax
 
-        drawn = jax.random.randint(key, (self.batch_size,), 0, len(transitions.row_index))
-        return self.gather(transitions, drawn)
+        return jax.random.randint(key, (self.batch_size,), 0, len(transitions.row_index))
 
     def gather(self, transitions: Transitions, indices: Int[Any, "B"]) -> TransitionBatch:
         """Returns the transitions of these numbers."""
