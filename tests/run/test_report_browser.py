@@ -286,6 +286,17 @@ def test_tables_sort_by_mouse_and_by_key(browser, page):
     assert order(browser)[0] == random and order(browser)[-1] == data
 
 
+def test_cells_without_a_number_come_last(browser, page):
+    browser.open(page.as_uri(), width=1280, height=900)
+    names = "[...document.querySelectorAll('.seeds tbody tr')].map((r) => r.cells[0].innerText.split(',')[0])"
+    assert browser.run(names) == ["Agentic Transformer", "Decision Transformer"]
+    # How often a seed scores above one of the Agentic Transformer, which has no such number itself.
+    browser.click(".seeds thead th:nth-child(4) button")
+    assert browser.run(names) == ["Decision Transformer", "Agentic Transformer"]
+    browser.press("Enter")
+    assert browser.run(names) == ["Decision Transformer", "Agentic Transformer"]
+
+
 def test_rows_of_text_and_of_counts_sort_too(browser, page):
     browser.open(page.as_uri(), width=1280, height=900)
     names = "[...document.querySelectorAll('.differences tbody tr')].map((r) => r.cells[0].innerText)"

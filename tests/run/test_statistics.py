@@ -97,6 +97,10 @@ def test_stratified_interval_keeps_tasks_apart():
     assert statistics.stratified_interval(statistics.interquartile_mean, scores) == pytest.approx(
         (float(statistics.interquartile_mean(scores)),) * 2
     )
+    # Each seed's scores add up to 10, but the seeds of one task are drawn apart from those of the other.
+    opposed = np.array([[0.0, 10.0], [10.0, 0.0], [2.0, 8.0], [8.0, 2.0]])
+    low, high = statistics.stratified_interval(statistics.interquartile_mean, opposed)
+    assert low < 3 and high > 7
     assert all(map(math.isnan, statistics.stratified_interval(statistics.interquartile_mean, scores[:1])))
 
 
@@ -129,18 +133,18 @@ def draw(generator, shape, size):
 
 
 @pytest.mark.parametrize("shape", ["normal", "skewed", "two kinds"])
-@pytest.mark.parametrize(("num_seeds", "num_chains"), [(1, 8), (1, 32), (3, 8), (5, 16)])
+@pytest.mark.parametrize(("num_seeds", "num_chains"), [(1, 8), (3, 8), (5, 16)])
 def test_a_policy_that_never_improves_is_not_found_to_improve(shape, num_seeds, num_chains):
     generator = np.random.default_rng([num_seeds, num_chains])
     covered = {"improvement": 0, "slope": 0}
-    returns = draw(generator, shape, (300, num_seeds, num_chains, 8))
-    returns += 50 * generator.normal(size=(300, num_seeds, num_chains, 1))
+    returns = draw(generator, shape, (200, num_seeds, num_chains, 8))
+    returns += 50 * generator.normal(size=(200, num_seeds, num_chains, 1))
     for study in returns:
         for name in covered:
             found = protocols.estimate(name, [make_log(log) for log in study])
             covered[name] += found.low <= 0 <= found.high
-    # The benchmark says 94% to 98% over 2,000 studies; 300 of them err by 3.8% (three standard errors).
-    assert min(covered.values()) >= 0.905 * 300
+    # The benchmark says 94% to 98% over 2,000 studies; 200 of them err by 4.6% (three standard errors).
+    assert min(covered.values()) >= 0.9 * 200
 
 
 def test_the_largest_return_rises_though_nothing_improves():
