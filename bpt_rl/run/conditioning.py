@@ -120,9 +120,9 @@ def _drawn(
         return tuple(ranking[:num_trajectories].tolist())
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(chain,)))
     picked: Int[np.ndarray, "N"] = generator.choice(len(returns), num_trajectories, replace=False)
-    if order != "random":
+    if order == "ascending":
         picked = picked[np.argsort(returns[picked], kind="stable")]
-    if order == "shuffled":
+    elif order == "shuffled":
         picked = generator.permutation(picked)
     return tuple(picked.tolist())
 
