@@ -19,6 +19,7 @@ from bpt_rl.config import (
     ModelConfig,
     OptimizerConfig,
     PlanConfig,
+    TDConfig,
     TrainConfig,
 )
 from bpt_rl.config_toml import from_mapping, load, preset_names, to_toml
@@ -36,6 +37,7 @@ ALL = (
     DownloadConfig,
     ExportConfig,
     PlanConfig,
+    TDConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, activations="keep"),
@@ -97,7 +99,7 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"model": {"activations": 1}}, "model.activations must be"),
         ({"model": {"dropout": False}}, "model.dropout must be of type float; got False"),
         ({"model": "small"}, "model must be of type ModelConfig; got 'small'"),
-        ({"agent": "ppo"}, "agent must be one of at, dt, bc; got 'ppo'"),
+        ({"agent": "ppo"}, "agent must be one of at, dt, bc, td3, td3_bc, crr, cql, iql; got 'ppo'"),
         (
             {"model": {"layout": "Fused"}},
             "model.layout must be one of return_state_.*; got 'Fused'",

@@ -74,8 +74,7 @@ def init_critic(key: jax.Array, num_inputs: int, width: int) -> Params:
       num_inputs: Length of observation and action together.
       width: Of the hidden layers.
     """
-    one, other = (init_network(keys, num_inputs, width, 1) for keys in jax.random.split(key, (2, 3)))
-    return jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
+    return jax.vmap(lambda keys: init_network(keys, num_inputs, width, 1))(jax.random.split(key, (2, 3)))
 
 
 def apply_linear(layer: Params, x: Float[jax.Array, "*batch I"]) -> Float[jax.Array, "*batch J"]:

@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bpt_rl import config_toml
 from bpt_rl.agents.base import Agent
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import Activations, TrainConfig
@@ -21,6 +18,7 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.continuation import check_continuation, write_description
 from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.loggers import Log, open_loggers
 from bpt_rl.run.out_of_memory import MemoryWatch
@@ -34,26 +32,8 @@ from bpt_rl.run.step import (
     placed_state,
     state_layout,
 )
+from bpt_rl.td_config import TD_AGENTS
 from bpt_rl.types import DataStatistics, PackedBatch
-
-UNFIXED_FIELDS = (
-    "run",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "logger",
-    "data.store",
-    "data.place",
-    "model.activations",
-    "model.head_groups",
-    "model.layer_groups",
-    "optimizer.place",
-)
-"""Fields that may change between a run and its continuation: they change no parameter but by rounding.
-
-A store may lie elsewhere by then; its digest tells whether it is the same. Sizes of chunks are not among them: each
-chunk draws dropout of its own.
-"""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all and the last metrics."""
@@ -85,6 +65,10 @@ def train(
       FloatingPointError: If loss, gradient or parameters stop being finite.
       OutOfMemoryError: If a step does not fit the device.
     """
+    if config.agent in TD_AGENTS:
+        from bpt_rl.run.train_td import train_td  # It takes what it tells of its progress from here.
+
+        return train_td(config, report_progress, announce=announce, command=command)
     folder = records.RunFolder(Path(config.run))
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store.open(config.data.store))
@@ -98,7 +82,7 @@ def train(
         watch = MemoryWatch(config=resolved, rows=rows, device=device)
         watch.refuse_what_is_far_beyond()
         saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
-        _check_continuation(config, folder, store.digest, saved.latest_step)
+        check_continuation(config, folder, store.digest, saved.latest_step)
         start = saved.latest_step or 0
         with watch.over("making the parameters"):
             state = _state_at(start, agent, config, saved)
@@ -106,7 +90,7 @@ def train(
         has_layers = config.agent != "bc"
         if has_layers:
             facts["activations"] = dataclasses.asdict(choice)
-        _write_description(config, folder, dataclasses.asdict(statistics), start, facts)
+        write_description(config, folder, dataclasses.asdict(statistics), start, facts)
         if announce:
             announce(f"Episodes are kept in place {sampler.choice}.")
         if announce and has_layers:
@@ -256,46 +240,3 @@ class Ledger:
                 f"{records.RunFolder(Path(self._config.run)).checkpoints_path}. Lower optimizer.learning_rate or "
                 "check the data with `bpt-rl data verify`."
             )
-
-
-def _check_continuation(
-    config: TrainConfig, folder: records.RunFolder, digest: str, latest: int | None
-) -> None:
-    if latest is None:
-        return
-    old = folder.config()
-    before, now = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(config))
-    changed = [name for name in now if now[name] != before.get(name) and name not in UNFIXED_FIELDS]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"A run folder keeps one configuration; {folder.path} was trained with {name} = {before.get(name)!r}, "
-            f"and got {now[name]!r}. Name another folder with --run, or put the old value back."
-        )
-    if folder.statistics().digest != digest:
-        raise ValueError(
-            f"A run goes on with the data it began with; {folder.path} began with store digest "
-            f"{folder.statistics().digest[:12]}, and {config.data.store} has {digest[:12]}. Name another folder."
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
-def _write_description(
-    config: TrainConfig,
-    folder: records.RunFolder,
-    statistics: Mapping[str, Any],
-    start: int,
-    facts: Mapping[str, Any],
-) -> None:
-    records.write_atomically(folder.config_path, config_toml.to_toml(config))
-    records.write_json(folder.path / "statistics.json", statistics)
-    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    records.write_json(folder.path / "versions.json", records.versions() | {"device": device, **facts})
-    kept = [line for line in folder.metrics() if line["step"] <= start]
-    records.write_atomically(folder.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))

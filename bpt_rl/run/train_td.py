@@ -1,0 +1,233 @@
+"""Training of the agents that learn from single transitions: many gradient steps a compiled call, on resident data."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bpt_rl.agents.base import OfflineLearner
+from bpt_rl.agents.registry import make_learner
+from bpt_rl.config import TrainConfig
+from bpt_rl.datasets.capacity import Choice
+from bpt_rl.datasets.store import Store
+from bpt_rl.datasets.transitions import TransitionDraw, Transitions, check_room, load_transitions, num_bytes
+from bpt_rl.run import records
+from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.continuation import check_continuation, flat, write_description
+from bpt_rl.run.loggers import Log, open_loggers
+from bpt_rl.run.train import Announce, Progress
+from bpt_rl.td_config import TD_AGENTS, TDAgentName
+from bpt_rl.types import DataStatistics
+
+READ_FIELDS = ("data.store", "data.task", "data.place")
+"""Fields of data, model and optimizer that count here."""
+Metrics = dict[str, jax.Array]
+
+
+def train_td(
+    config: TrainConfig,
+    report_progress: Progress | None = None,
+    *,
+    announce: Announce | None = None,
+    command: str = "",
+) -> records.RunFolder:
+    """Trains to `td.num_updates` gradient steps, going on from the newest checkpoint of the run folder.
+
+    A compiled call makes the gradient steps up to the next line of metrics or the next checkpoint; the line has their
+    means. What a step draws depends on the seed and its number alone, so that a run that was interrupted and called
+    again ends with the parameters of an uninterrupted one, bit for bit on the CPU.
+
+    Args:
+      config: Of the run; `agent` is one of `TD_AGENTS`.
+      report_progress: Told of every call, once its metrics are known to be finite.
+      announce: Told what the transitions take.
+      command: Command line that repeats this, for the record.
+
+    Raises:
+      FileNotFoundError: If the store does not exist.
+      ValueError: If configuration, store and run folder do not fit together, or transitions do not fit the device.
+      FloatingPointError: If a loss or a network stops being finite.
+    """
+    _check_settings(config)
+    folder = records.RunFolder(Path(config.run))
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(config.data.store))
+        # Whatever is wrong with configuration or data shows before there is a run folder.
+        statistics = store.statistics(config.data.task)
+        check_room(store)
+        learner = _learner(config, statistics)
+        saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
+        check_continuation(config, folder, store.digest, saved.latest_step)
+        start = saved.latest_step or 0
+        choice = Choice(place="accelerator", num_bytes=num_bytes(store), reason="as transitions")
+        facts = {"command": command, "data": dataclasses.asdict(choice)}
+        write_description(config, folder, dataclasses.asdict(statistics), start, facts)
+        if announce:
+            announce(f"Transitions lie on the device: {choice.num_bytes / 2**20:.3g} MiB.")
+        transitions = load_transitions(store, config.data.task) if start < config.td.num_updates else None
+        ledger = _Ledger(config, saved, stack.enter_context(open_loggers(config, folder)), report_progress)
+        state = _state_at(start, learner, config, saved)
+        for step, reached, metrics in _calls(config, learner, state, transitions, start):
+            ledger.add(step, metrics)
+            if step % config.checkpoint_every == 0 or step == config.td.num_updates:
+                ledger.settle()
+                saved.save(step, reached)
+    return folder
+
+
+def restore_learner(folder: records.RunFolder) -> tuple[OfflineLearner, Any, int]:
+    """Returns the learner of a run, its state at the newest checkpoint, and the gradient steps done by then.
+
+    `learner.policy(state)` acts as the run has learnt to.
+
+    Raises:
+      FileNotFoundError: If this is no run folder, or it has no checkpoint.
+      ValueError: If the run is of an agent that learns from trajectories.
+    """
+    config = folder.config()
+    if config.agent not in TD_AGENTS:
+        raise ValueError(
+            f"Here a run's agent must be one of {', '.join(TD_AGENTS)}; {folder.path} has {config.agent!r}. Name "
+            "another run."
+        )
+    learner = _learner(config, folder.statistics())
+    with Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
+        step = saved.latest_step or 0
+        return learner, saved.restore(step, jax.eval_shape(learner.init, jax.random.key(0))), step
+
+
+def make_updates(
+    learner: OfflineLearner,
+    draw: TransitionDraw,
+    state: Any,
+    transitions: Transitions,
+    first: Any,
+    *,
+    key: jax.Array,
+    num_updates: int,
+) -> tuple[Any, Metrics]:
+    """Returns the state after gradient steps one after another, and the means of their metrics.
+
+    Args:
+      learner: Makes the steps.
+      draw: Makes their batches.
+      state: Before them.
+      transitions: All there are.
+      first: Number of the first step, from 0.
+      key: Of the run; a step's number is folded in.
+      num_updates: Steps.
+    """
+
+    def keys_of(step: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(key, step))
+
+    # All at once: within the loop each would cost more than the batch it is drawn for.
+    draw_keys, update_keys = jnp.moveaxis(jax.vmap(keys_of)(first + jnp.arange(num_updates)), 1, 0)
+    indices = jax.vmap(functools.partial(draw.indices, transitions))(draw_keys)
+
+    def update(state: Any, drawn: tuple[jax.Array, jax.Array]) -> tuple[Any, Metrics]:
+        return learner.update(state, draw.gather(transitions, drawn[0]), drawn[1])
+
+    state, metrics = jax.lax.scan(update, state, (indices, update_keys))
+    means = {name: values.mean() for name, values in metrics.items()}
+    # Not finite after the step that breaks a network, where the losses are so only at the next.
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return state, means | {"state_norm": optax.tree.norm(floats)}
+
+
+def compile_updates(learner: OfflineLearner, draw: TransitionDraw) -> Callable[..., tuple[Any, Metrics]]:
+    """Returns `make_updates` of them, compiled once for each `num_updates`; the state it is given is gone."""
+    run = functools.partial(make_updates, learner, draw)
+    return jax.jit(run, static_argnames="num_updates", donate_argnums=0)
+
+
+def _calls(
+    config: TrainConfig, learner: OfflineLearner, state: Any, transitions: Transitions | None, start: int
+) -> Iterator[tuple[int, Any, Metrics]]:
+    """Yields steps done, state and metrics of each compiled call as soon as it is dispatched."""
+    td = config.td
+    draw = TransitionDraw(batch_size=td.batch_size, num_step_return=td.num_step_return, discount=td.discount)
+    run = compile_updates(learner, draw)
+    # Parameters are drawn with the seed's key itself.
+    key, step = jax.random.fold_in(jax.random.key(config.seed), 1), start
+    while step < td.num_updates:
+        stops = (step + every - step % every for every in (config.log_every, config.checkpoint_every))
+        stop = min(td.num_updates, *stops)
+        state, metrics = run(state, transitions, np.int32(step), key=key, num_updates=stop - step)
+        step = stop
+        yield step, state, metrics
+
+
+class _Ledger:
+    """Checks, logs and reports calls in order, one behind the device, which so never waits for the host."""
+
+    def __init__(
+        self, config: TrainConfig, saved: Checkpoints, log: Log, report_progress: Progress | None
+    ) -> None:
+        self._config, self._saved = config, saved
+        self._log, self._report_progress = log, report_progress
+        self._pending: list[tuple[int, Metrics]] = []
+        self._began, self._last_step = time.perf_counter(), saved.latest_step or 0
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a call that may still be running; settles the one before it."""
+        self.settle()
+        self._pending = [(step, metrics)]
+
+    def settle(self) -> None:
+        """Waits for the metrics taken; checks, logs and reports them."""
+        for step, metrics in self._pending:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self._check_finite(step, values)
+            now = time.perf_counter()
+            values["updates_per_second"] = (step - self._last_step) / (now - self._began)
+            self._began, self._last_step = now, step
+            self._log({"step": step, **values})
+            if self._report_progress:
+                self._report_progress(step, self._config.td.num_updates, values)
+        self._pending = []
+
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"Losses and networks must stay finite; got {bad[0]} {values[bad[0]]} between steps "
+                f"{self._last_step} and {step}. Last good checkpoint: step {self._saved.latest_step or 'none'} in "
+                f"{records.RunFolder(Path(self._config.run)).checkpoints_path}. Lower td.learning_rate or check the "
+                "data with `bpt-rl data verify`."
+            )
+
+
+def _learner(config: TrainConfig, statistics: DataStatistics) -> OfflineLearner:
+    name: TDAgentName = config.agent  # type: ignore[assignment]
+    return make_learner(name, config.td, statistics.observation_dim, statistics.action_dim)
+
+
+def _state_at(start: int, learner: OfflineLearner, config: TrainConfig, saved: Checkpoints) -> Any:
+    key = jax.random.key(config.seed)
+    return saved.restore(start, jax.eval_shape(learner.init, key)) if start else jax.jit(learner.init)(key)
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """Refuses what would be read by no one."""
+    if config.data.place not in ("auto", "accelerator"):
+        raise ValueError(
+            f"Transitions lie on the device: data.place must be auto or accelerator; got {config.data.place!r}. "
+            "Leave it out."
+        )
+    default = flat(dataclasses.asdict(TrainConfig()))
+    for name, value in flat(dataclasses.asdict(config)).items():
+        is_foreign = name.startswith(("data.", "model.", "optimizer.")) and name not in READ_FIELDS
+        if is_foreign and value != default[name]:
+            raise ValueError(
+                f"{config.agent} reads td.*, and of data.* store, task and place; got {name} {value!r}. Leave it "
+                f"out, or begin with the preset {config.agent}."
+            )
