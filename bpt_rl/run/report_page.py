@@ -35,8 +35,9 @@ $body</main>
 """)
 _FILM_TYPES = {".gif": "image/gif", ".mp4": "video/mp4"}
 _NO_FILM = (
-    "No episode was rendered. Install Debian's libegl1 and libgl1-mesa-dri "
-    "(apt-get install libegl1 libgl1-mesa-dri), set MUJOCO_GL=egl and evaluate again."
+    "No episode was drawn. bpt-rl render RUN --format gif --out RUN/evaluations draws the first and the last of a "
+    "chain. Without a display it needs Debian's libegl1 and libgl1-mesa-dri (apt-get install libegl1 "
+    "libgl1-mesa-dri) and MUJOCO_GL=egl."
 )
 
 

@@ -17,6 +17,7 @@ from bpt_rl.run.report_svg import DASHES, SENTINEL, LegendEntry, Plot, figure_ax
 _FOLLOWS_COUNT = (
     "data.num_trajectories",
     "evaluation.num_episodes",
+    "evaluation.context.capacity",
     # A chain of more trajectories needs a longer context, and often fewer chains a batch.
     "data.context_length",
     "data.batch_size",

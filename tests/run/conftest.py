@@ -218,7 +218,12 @@ def _write_run(
                 "largest_return": 60.0,
                 "num_episodes": 5,
             },
-            "context": {"num_trajectories": 0, "order": "none", "overflow": "refuse"},
+            "context": {
+                "num_trajectories": 0,
+                "order": "none",
+                "capacity": num_trajectories,
+                "overflow": "refuse",
+            },
             "logs": {
                 c: _evaluated_log(r, c, asked=agent != "bc", failures=failures if c == "chain" else ())
                 for c, r in logs.items()

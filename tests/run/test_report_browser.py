@@ -33,7 +33,12 @@ def write_one(root, write_run, evaluated_log, agent, seed):
         seed=seed,
         logs=logs,
         failures=[FAILURE] if (agent, seed) == ("at", 1) else (),
-        context={"num_trajectories": 2 * (agent == "at"), "order": "ascending", "overflow": "refuse"},
+        context={
+            "num_trajectories": 2 * (agent == "at"),
+            "order": "ascending",
+            "capacity": 4,
+            "overflow": "refuse",
+        },
         sweep=[
             {
                 "target_return": t,
