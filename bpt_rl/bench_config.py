@@ -172,3 +172,45 @@ class DecodeBenchConfig:
     def __post_init__(self) -> None:
         _check_counts(tokens=self.tokens, num_rows=self.num_rows, num_calls=self.num_calls)
         _check_counts(copy_bytes=self.copy_bytes, num_kv_heads=self.num_kv_heads or 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutBenchConfig:
+    """Rollouts of an agent with fresh parameters: steps are timed in contexts of several lengths."""
+
+    num_episodes: tuple[int, ...] = (4, 16, 32)
+    """Episodes of a chain (n)."""
+    num_chains: int = 16
+    """Chains in parallel, each in an environment of its own."""
+    num_parts: tuple[int, ...] = (2,)
+    """Parts that chains act in; 1 waits for all simulators before each call of the policy."""
+    num_workers: int = 0
+    """Simulator processes; 0 means one a core."""
+    num_positions: int = 8
+    """Places in a chain where steps are timed."""
+    num_steps: int = 20
+    """Steps of every chain that are timed at each place, after two that are not."""
+    uncached: bool = True
+    """Also time forward passes over the whole chain so far, at three lengths."""
+    uncached_chains: int = 1
+    """Chains in such a pass; its time is scaled up to all chains."""
+    out: str = "results/bench_rollout.json"
+    """JSON file to write, after each measurement."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """The agent and its model. The task is simulated; no store is read."""
+
+    def __post_init__(self) -> None:
+        _check_counts(num_episodes=self.num_episodes, num_chains=self.num_chains, num_parts=self.num_parts)
+        _check_counts(num_positions=self.num_positions, num_steps=self.num_steps)
+        _check_counts(uncached_chains=self.uncached_chains)
+        if max(self.num_parts) > self.num_chains:
+            raise ValueError(
+                f"Each of num_parts needs a chain; got {max(self.num_parts)} parts and num_chains {self.num_chains}. "
+                "Use fewer parts."
+            )
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative; got {self.num_workers}. 0 means one a core.")
+        if self.train.agent not in ("at", "dt"):
+            raise ValueError(
+                f"The agent must have a transformer, as at and dt have; got {self.train.agent}. Name another preset."
+            )

@@ -86,6 +86,17 @@ def _decode(call: Call) -> None:
     _measure(call, config, measure_decoding(config), num_rows=num_rows, columns=DECODE_COLUMNS)
 
 
+def _rollout(call: Call) -> None:
+    train, options = _preset(call)
+    config = parse(
+        bench_config.RolloutBenchConfig, call, options, bench_config.RolloutBenchConfig(train=train)
+    )
+    from bpt_rl.run.bench_rollout import ROLLOUT_COLUMNS, measure_rollouts
+
+    num_rows = len(config.num_episodes) * len(config.num_parts)
+    _measure(call, config, measure_rollouts(config), num_rows=num_rows, columns=ROLLOUT_COLUMNS)
+
+
 def _measure(
     call: Call, config: Any, rows: Iterable[Any], *, num_rows: int, columns: Sequence[Any]
 ) -> list[Any]:
@@ -137,5 +148,11 @@ BENCH_VERBS: Mapping[str, Verb] = {
         "Measure decoding a step against a filled cache, beside the bandwidth of copying.",
         "CONFIG [options]",
         "bpt-rl bench decode at_350m --tokens 131_072 --num-rows 1 4",
+    ),
+    "bench rollout": Verb(
+        _rollout,
+        "Measure environment steps a second of an agent, beside the uncached way, physics alone and decoding alone.",
+        "CONFIG [options]",
+        "bpt-rl bench rollout at_paper --num-episodes 4 16 --num-chains 16",
     ),
 }
