@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bpt_rl.agents.base import Agent, Params, Policy
+from bpt_rl.agents.base import Agent, OfflineLearner, Params, Policy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import EvaluateConfig, TrainConfig
@@ -23,6 +23,8 @@ from bpt_rl.run.episode_log import LogPlan
 from bpt_rl.run.evaluation_record import SCHEMA
 from bpt_rl.run.rollout import Start
 from bpt_rl.run.step import init_state, make_optimizer
+from bpt_rl.run.train_td import restore_learner
+from bpt_rl.td_config import TD_AGENTS
 from bpt_rl.types import DataStatistics
 
 
@@ -67,8 +69,9 @@ class EvaluatedRun:
     config: EvaluateConfig
     trained: TrainConfig
     statistics: DataStatistics
-    agent: Agent
+    agent: Agent | OfflineLearner
     params: Params
+    """Of an agent; all that a learner has learnt."""
     step: int
 
     @classmethod
@@ -81,7 +84,8 @@ class EvaluatedRun:
         """
         trained, statistics = folder.config(), folder.statistics()
         check_simulated(statistics.source)
-        agent, params, step = load_params(folder)
+        load = restore_learner if trained.agent in TD_AGENTS else load_params
+        agent, params, step = load(folder)
         subject = cls(
             config=config, trained=trained, statistics=statistics, agent=agent, params=params, step=step
         )
@@ -118,7 +122,7 @@ class EvaluatedRun:
     @property
     def is_conditioned(self) -> bool:
         """Whether the agent is asked for a return."""
-        return self.trained.agent != "bc"
+        return self.trained.agent in ("at", "dt")
 
     @property
     def num_episodes(self) -> int:
@@ -134,8 +138,10 @@ class EvaluatedRun:
     @property
     def sample_seed(self) -> int | None:
         """Seed of drawn actions; None where the mean is taken."""
-        is_drawn = self.config.sample and self.trained.model.action_distribution == "gaussian"
-        return self.config.seed if is_drawn else None
+        has_head = (
+            self.trained.agent not in TD_AGENTS and self.trained.model.action_distribution == "gaussian"
+        )
+        return self.config.seed if self.config.sample and has_head else None
 
     @functools.cached_property
     def target(self) -> tuple[float, str]:
@@ -150,6 +156,8 @@ class EvaluatedRun:
 
     def policy(self, *, clear_context: bool = False) -> Policy:
         """Returns the agent's policy; the memoryless control if its context is to be cleared."""
+        if isinstance(self.agent, OfflineLearner):
+            return self.agent.policy(self.params)
         return self.agent.policy(
             self.params,
             num_episodes=self.capacity - self.config.num_context_trajectories,

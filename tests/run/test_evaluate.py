@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bpt_rl.agents.random import RandomPolicy
-from bpt_rl.config import EvaluateConfig
+from bpt_rl.config import DataConfig, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.envs import tasks
@@ -20,6 +20,7 @@ from bpt_rl.run.evaluation_record import describe_record
 from bpt_rl.run.film_sources import run_episodes
 from bpt_rl.run.rollout import Start, rollout
 from bpt_rl.run.train import train
+from bpt_rl.td_config import TDConfig
 
 TASK = "cartpole_swingup"
 CONFIG = EvaluateConfig(num_chains=3, seed=11)
@@ -173,11 +174,23 @@ def test_one_chain_has_no_interval_and_says_so(run_path):
     assert record in records.RunFolder(run_path).evaluations()
 
 
-def test_a_policy_without_memory_is_asked_for_nothing_and_has_no_second_control(tiny, tmp_path, environments):
-    folder = train(tiny(tmp_path / "bc", agent="bc", num_steps=3))
+@pytest.mark.parametrize("agent", ["bc", "td3"])
+def test_a_policy_without_memory_is_asked_for_nothing_and_has_no_second_control(
+    tiny, store_path, tmp_path, environments, agent
+):
+    if agent == "bc":
+        config = tiny(tmp_path / agent, agent=agent, num_steps=3)
+    else:
+        td = TDConfig(num_updates=3, batch_size=4, hidden_dim=8)
+        config = TrainConfig(
+            run=str(tmp_path / agent), agent=agent, data=DataConfig(store=str(store_path), task=TASK), td=td
+        )
+    folder = train(config)
     record = evaluate_run(folder.path, dataclasses.replace(CONFIG, num_episodes=1), environments=environments)
     assert list(record["logs"]) == ["chain", "random"]
+    assert (record["agent"], record["step"], record["actions"]) == (agent, 3, "mean")
     assert record["logs"]["chain"]["target_return"] is None
+    assert record["logs"]["chain"]["returns"] != record["logs"]["random"]["returns"]
 
 
 @pytest.mark.parametrize(
