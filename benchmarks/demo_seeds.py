@@ -38,7 +38,7 @@ def run_seed(seed: int, folder: Path) -> float | None:
 
 
 def read_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Returns the numbers of one seed, each a mean over chains with its 95% bootstrap interval."""
+    """Returns the numbers of one seed, each a mean over chains with its 95% interval."""
     rows: dict[str, Any] = {}
     for title, name in AGENTS.items():
         record = RunFolder(folder / name.format(seed=seed)).evaluations()[-1]
