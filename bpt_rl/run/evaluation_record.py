@@ -66,10 +66,12 @@ def _heading(record: Mapping[str, Any]) -> str:
         if context["num_trajectories"]
         else ""
     )
+    is_asked = record["logs"]["chain"]["target_return"] is not None
+    target = f"target {record['target_return']:.1f} ({record['target_rule']}); " if is_asked else ""
     return (
         f"{record['agent']} on {record['task']}, step {record['step']}, one training seed ({record['train_seed']}); "
-        f"{record['num_chains']} chains of {record['num_episodes']} episodes{given}; "
-        f"target {record['target_return']:.1f} ({record['target_rule']}); raw returns, 95% intervals over chains:"
+        f"{record['num_chains']} chains of {record['num_episodes']} episodes{given}; {target}"
+        "raw returns, 95% intervals over chains:"
     )
 
 
