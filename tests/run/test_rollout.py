@@ -105,6 +105,32 @@ def test_chains_in_parts_act_as_they_do_in_one(trained, environments):
             np.testing.assert_allclose(parts[name], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_part_acts_while_another_steps(environments, monkeypatch, num_parts):
+    events = []
+
+    def told(name):
+        call = getattr(environments, name)
+
+        def tell(*arguments):
+            events.append(name)
+            return call(*arguments)
+
+        monkeypatch.setattr(environments, name, tell)
+
+    class Telling(RandomPolicy):
+        def act(self, carry, observation, return_to_go):
+            events.append("act")
+            return super().act(carry, observation, return_to_go)
+
+    told("send")
+    told("receive")
+    list(itertools.islice(rollout(Telling(1, 0), environments, START, num_parts=num_parts), 6))
+    begin = ["act", "send"] * num_parts
+    # Of two parts, the other one's step is under way while this one's actions are chosen.
+    assert events == [*begin, *["receive", "act", "send"] * 5, "receive"]
+
+
 class Foreign(gymnasium.vector.VectorWrapper):
     """Environments of another maker."""
 
