@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.config import EvaluateConfig
 from bpt_rl.envs import tasks
+from bpt_rl.run import records
 from bpt_rl.run.evaluate import evaluate, evaluate_run
 from bpt_rl.run.rollout import OtherActionsError, Played, Start, rollout
 
@@ -31,6 +33,16 @@ def environments():
     """Two of the store's task."""
     made = tasks.make_vector("cartpole_swingup", 2, 0, 20, num_workers=1)
     yield made
+    made.close()
+
+
+@pytest.fixture
+def own_process():
+    """The process of two environments, and these."""
+    before = set(multiprocessing.active_children())
+    made = tasks.make_vector("cartpole_swingup", 2, 0, 20, num_workers=1)
+    [process] = set(multiprocessing.active_children()) - before
+    yield process, made
     made.close()
 
 
@@ -135,6 +147,31 @@ def test_recorded_actions_that_the_policy_would_not_choose_are_played_again(
     [told] = [r.getMessage() for r in caplog.records if r.name == "bpt_rl.run.episode_log"]
     assert told.startswith("The chain episodes begin again: A rollout goes on only where its policy chooses")
     assert "at step 70 they differ by 0.01." in told
+
+
+def test_a_process_that_dies_changes_no_number(own_process, caplog):
+    process, environments = own_process
+
+    def kill(name, done, total):
+        if done == 1:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    whole, broken = (
+        evaluate(
+            RandomPolicy(1, 4),
+            "cartpole_swingup",
+            2,
+            2,
+            seed=5,
+            action_repeat=20,
+            environments=environments,
+            report_progress=report,
+        )
+        for report in (None, kill)
+    )
+    assert records.log_to_json(broken) == records.log_to_json(whole)
+    assert "Simulator process 0 (environments 0 to 1) ended by SIGKILL." in caplog.text
 
 
 def test_kept_episodes_simulate_to_the_returns_of_the_record(expected):
