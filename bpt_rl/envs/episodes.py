@@ -42,7 +42,6 @@ class GroupPlan:
     task: str
     action_repeat: int
     board: Board
-    num_environments: int
 
 
 class EpisodeGroup:
@@ -55,7 +54,6 @@ class EpisodeGroup:
     def __init__(self, plan: GroupPlan, group: Int[np.ndarray, "n"]) -> None:
         self._environments = {int(i): tasks.make(plan.task, 0, plan.action_repeat) for i in group}
         self._moments: dict[int, Moment] = {}
-        self._plan = plan
         board = plan.board
         self._action, self._observation = board.action.array, board.observation.array
         self._final, self._reward, self._done = (

@@ -271,12 +271,14 @@ def make_vector(
     """Returns N environments of a task that step together.
 
     Observations are float32 [N, O], rewards float64 [N]. An episode ends by truncation; that step already
-    returns the first observation of the next one, and `infos["final_obs"]` holds the last of the old.
+    returns the first observation of the next one, and `infos["final_obs"]` holds the last of the old. So does an
+    episode that the simulator breaks off because its state is no number any more; `infos["failure"]` says why.
+    A process that dies is replaced, and plays the running episodes again up to where they were.
 
     Args:
       task: Like "walker_run", or any other that `make` takes; each process loads the file of FILE.py:NAME.
       num_environments: N.
-      seed: Environment i draws its start states from (seed, i) alone, however the N are grouped.
+      seed: The start of episode e of environment i depends on (seed, i, e) alone, however the N are grouped.
       action_repeat: Control steps an action is held for.
       num_workers: Simulator processes; 0 means one a core, and there are never more than environments.
 

@@ -61,9 +61,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             board.reward.array,
             board.done.array,
         )
-        plan = GroupPlan(
-            task=task, action_repeat=action_repeat, board=board, num_environments=num_environments
-        )
+        plan = GroupPlan(task=task, action_repeat=action_repeat, board=board)
         self._simulators = Simulators(
             functools.partial(EpisodeGroup, plan), num_environments, num_workers, revival=self._revival
         )
