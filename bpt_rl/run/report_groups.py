@@ -132,6 +132,15 @@ class Group:
         found = [(run, f) for run in self.runs if (log := run.log(context)) for f in log.failures]
         return list({f: (run, f) for run, f in reversed(found)}.values()) if context == "random" else found
 
+    def sweep_failures(self) -> list[tuple[Run, float, EpisodeFailure]]:
+        """Returns the episodes of `sweep` that their simulator ended, each with its run and target."""
+        return [
+            (run, target, failure)
+            for target, logs in self.sweep
+            for run, log in zip(self.runs, logs, strict=True)
+            for failure in log.failures
+        ]
+
     @property
     def has_memory(self) -> bool:
         """Whether a context can hold more than one episode, so that clearing it makes a difference."""
@@ -250,7 +259,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     order = {agent: index for index, agent in enumerate(AGENT_TITLES)}
     return sorted(
         groups,
-        key=lambda g: (order.get(g.config.agent, len(order)), g.config.agent, g.config.data.num_trajectories, g.note),
+        key=lambda g: (
+            order.get(g.config.agent, len(order)),
+            g.config.agent,
+            g.config.data.num_trajectories,
+            g.note,
+        ),
     )
 
 

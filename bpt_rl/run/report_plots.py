@@ -167,6 +167,7 @@ def calibration(group: Group, index: int) -> Plot | None:
     log = sweep[0][1][0]
     sizes = f"{count(log.returns.shape[1], 'episode')} a chain, {count(len(log.returns), 'chain')}"
     subset = f"{count(len(group.runs), 'seed')}, subset {group.evaluation['data']['subset']}"
+    subset += _failed(len(group.sweep_failures()))
     return Plot(
         svg,
         group.title,
@@ -229,7 +230,12 @@ def _words(estimate: Estimate) -> str:
 def _sample(group: Group) -> str:
     evaluation = group.evaluation
     sizes = f"{count(evaluation['num_chains'], 'chain')}, {count(len(group.runs), 'seed')}"
-    return f"{sizes}, subset {evaluation['data']['subset']}"
+    num_failures = len(group.failures("chain")) + len(group.failures("memoryless"))
+    return f"{sizes}, subset {evaluation['data']['subset']}{_failed(num_failures)}"
+
+
+def _failed(number: int) -> str:
+    return f"; {count(number, 'episode')} ended by the simulator" if number else ""
 
 
 def _looks(runs: Sequence[Run], groups: Sequence[Group]) -> Mapping[str, LegendEntry]:

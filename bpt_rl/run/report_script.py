@@ -7,6 +7,7 @@ SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const bodies = [...table.tBodies];
   const units = bodies.length > 1 ? bodies : [...bodies[0].rows];
+  if (units.length < 2) continue;
   const rowOf = (unit, column) => unit.cells ? unit
     : column ? [...unit.rows].find((row) => row.cells.length > 1) : unit.rows[0];
   const valueOf = (unit, column) => {

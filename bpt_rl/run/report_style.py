@@ -93,7 +93,7 @@ figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
 .key { position: relative; display: inline-block; width: 30px; margin-right: 7px; text-align: center;
        line-height: 1; height: 1em; vertical-align: -0.12em; color: var(--c); }
 .key i { position: absolute; left: 0; right: 0; top: calc(50% - 1.5px); border-top: 3px solid var(--c); }
-.key b { position: relative; font-weight: 400; font-size: 0.72rem; }
+.key b { position: relative; top: -0.08em; font-weight: 400; font-size: 0.72rem; }
 .key .dashed { border-top-style: dashed; }
 .key .dotted { border-top-style: dotted; }
 .key .dashdot { border: 0; height: 3px; top: calc(50% - 1px); background:

@@ -159,6 +159,11 @@ def failures(groups: Sequence[Group]) -> str:
         for context in ("chain", "memoryless", "random")
         for run, failure in group.failures(context)
     ]
+    found += [
+        (run.name, f"target {target:,.1f}", failure)
+        for group in groups
+        for run, target, failure in group.sweep_failures()
+    ]
     if not found:
         return ""
     rows = [

@@ -43,7 +43,11 @@ def write_one(root, write_run, evaluated_log, agent, seed):
             {
                 "target_return": t,
                 "target_multiple": t / 60,
-                "log": evaluated_log([[t / 2], [t / 2 + seed]], "chain"),
+                "log": evaluated_log(
+                    [[t / 2], [t / 2 + seed]],
+                    "chain",
+                    failures=[FAILURE] if (agent, t, seed) == ("dt", 60, 2) else (),
+                ),
             }
             for t in targets
         ],
@@ -115,9 +119,10 @@ def test_two_seeds_are_not_compared(groups):
 
 def test_failed_episodes_are_listed_and_stand_beside_the_numbers_that_hold_them(text, groups):
     listed = section(text, "Episodes that the simulator ended")
-    assert "1 episode did not reach the end" in listed
+    assert "2 episodes did not reach the end" in listed
     cells = re.findall(r"<td>(.*?)</td>", listed)
-    assert cells == ["chain", "2", "1", "412", "the state is not finite"]
+    ended = ["2", "1", "412", "the state is not finite"]
+    assert cells == ["chain", *ended, "target 60.0", *ended]
     found = numbers(section(text, "Returns"))
     assert "1 episode ended by the simulator" in found["last, context kept"][1]
     assert "ended" not in found["last, memoryless control"][1]
@@ -132,7 +137,10 @@ def test_calibration_shows_what_each_target_brought(text):
         shown.count("asked 30.0, got 15.5 [14.3, 16.7]; asked 60.0, got 30.5 [29.3, 31.7]; asked 90.0, got")
         == 2
     )
-    assert "1 episode a chain, 2 chains, 3 seeds, subset first-5" in shown
+    assert shown.count("1 episode a chain, 2 chains, 3 seeds, subset first-5") == 2
+    assert shown.count("subset first-5; 1 episode ended by the simulator") == 1
+    curves = section(text, "Return within the context")
+    assert curves.count("4 chains, 3 seeds, subset first-5; 1 episode ended by the simulator") == 1
     assert "returns of the data, 5.00 to 60.0" in shown
 
 
