@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bpt_rl.agents.base import OfflineLearner, Policy
-from bpt_rl.agents.cql import CQL
+from bpt_rl.agents.cql import CQL, sample_actions
 from bpt_rl.agents.crr import CRR
-from bpt_rl.agents.iql import IQL
+from bpt_rl.agents.iql import IQL, log_likelihood
 from bpt_rl.agents.registry import make_learner
 from bpt_rl.agents.td3 import TD3
 from bpt_rl.agents.td3_bc import TD3BC
@@ -350,6 +350,26 @@ def test_learners_and_their_policies_meet_the_protocols(name):
     _, action = policy.act(policy.start(B), observation, np.zeros(B))
     # float32.
     np.testing.assert_allclose(action, np.tanh(mean[:, :A]), atol=1e-6)
+
+
+def test_deviations_stay_within_bounds():
+    batch = random_batch()
+    actor = random_state(IQL(CONFIG, O, A), scale=1.0).actor.params
+    likelihood = jax.jit(log_likelihood, compiler_options=QUICK)
+    for extreme, bound in ((-50.0, -5.0), (9.0, 2.0)):
+        found, expected = (
+            likelihood(actor._replace(log_std=np.full(A, log_std, np.float32)), batch)
+            for log_std in (extreme, bound)
+        )
+        np.testing.assert_array_equal(found, expected)
+    actor = random_state(CQL(CONFIG, O, A), scale=1.0).actor.params
+    sample = jax.jit(sample_actions, compiler_options=QUICK)
+    for extreme, bound in ((-90.0, -10.0), (90.0, 2.0)):
+        actor["head"]["kernel"][:, A:], found = 0, []
+        for log_std in (extreme, bound):
+            actor["head"]["bias"][A:] = log_std
+            found.append(sample(actor, batch.observation, jax.random.key(0)))
+        jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_two_critics_have_no_parameter_in_common():

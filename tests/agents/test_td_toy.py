@@ -58,10 +58,10 @@ def random_episodes(seed):
     )
 
 
-def learnt(name, transitions, seed, changed=lambda learner: learner):
+def learnt(name, transitions, seed):
     """Returns the policy's mean actions as a function."""
     config = SETTINGS[name]
-    learner = changed(make_learner(name, config, 1, 1))
+    learner = make_learner(name, config, 1, 1)
     draw = TransitionDraw(batch_size=config.batch_size, discount=config.discount)
 
     def train(transitions, key):
@@ -108,7 +108,7 @@ def test_imitation_of_random_actions_finds_less_than_half_of_it(transitions):
     assert share_of_the_optimum(lambda position: position**powers @ fitted) < 0.5
 
 
-def test_rewards_of_the_wrong_row_do_not_lead_there(transitions):
-    """The bar can be missed: rewards that belong to the action before tell nothing about an action."""
-    shifted = transitions._replace(reward=np.roll(transitions.reward, 1))
+def test_actions_beside_the_observation_of_the_wrong_row_do_not_lead_there(transitions):
+    """The bar can be missed: what follows an action, in place of what it answered, tells nothing about it."""
+    shifted = transitions._replace(observation=np.roll(transitions.observation, -1, axis=0))
     assert share_of_the_optimum(learnt("td3", shifted, seed=0)) < 0.9
