@@ -101,8 +101,8 @@ figcaption { color: var(--muted); font-size: 0.84rem; margin-top: 8px; }
                                           transparent 17px 20px); }
 .key .box { position: static; display: inline-block; width: 22px; border-top-width: 11px; opacity: 0.4; }
 .films { display: grid; gap: 22px; }
-.pair { display: flex; flex-wrap: wrap; gap: 22px; }
-.film { width: fit-content; max-width: 100%; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 438px)); gap: 22px; }
+.film figcaption { overflow-wrap: anywhere; }
 .film img, .film video { display: block; width: 400px; max-width: 100%; height: auto; border-radius: 4px; }
 details { border-top: 1px solid var(--grid); padding: 8px 0; }
 details[open] { padding-bottom: 16px; }

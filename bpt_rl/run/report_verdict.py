@@ -29,6 +29,8 @@ class Check:
 def number(group: Group, name: str, context: str) -> ReportedNumber | None:
     """Returns a protocol's number of a group, or None where that context was not rolled out.
 
+    A chain of one episode has neither improvement nor slope.
+
     Args:
       group: Runs of one experiment.
       name: One of `protocols.PROTOCOLS`, or `null max`, which reads the context's episodes as memoryless.
@@ -36,7 +38,7 @@ def number(group: Group, name: str, context: str) -> ReportedNumber | None:
     """
     is_null = name == "null max"
     logs = group.memoryless_logs() if is_null and context == "memoryless" else group.logs(context)
-    if not logs:
+    if not logs or (name in ("improvement", "slope") and group.evaluation["num_episodes"] < 2):
         return None
     titles = {"chain": group.chain_title.lower(), "random": "random policy"}
     title = titles.get(context, "memoryless control")

@@ -139,6 +139,21 @@ def test_one_chain_is_reported_without_an_interval(tmp_path, write_run):
     assert "It cannot be told from the mean of the data" in text
 
 
+def test_one_episode_has_no_gain_to_report(tmp_path, write_run):
+    logs = {"chain": [[30.0], [34.0]], "random": [[10.0], [12.0]]}
+    page = make_page(
+        [write_run(tmp_path, "dt", agent="dt", num_trajectories=1, logs=logs)], tmp_path / "report.html"
+    )
+    assert {protocol for protocol, _, _ in page.numbers} == {
+        *(f"{name}, one episode in context" for name in ("mean", "first", "last", "max")),
+        *(f"{name}, random policy" for name in ("mean", "first", "last", "max")),
+        "null max of 1, memoryless control",
+        "null max of 1, random policy",
+        "data mean",
+        "data best",
+    }
+
+
 def test_agent_without_memory_has_no_context_to_judge(tmp_path, write_run):
     path = write_run(tmp_path, "bc", agent="bc", num_trajectories=1, logs={"chain": CHAIN, "random": RANDOM})
     page = make_page([path], tmp_path / "report.html")
