@@ -58,7 +58,9 @@ def render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
-    used = sorted({run.config.agent for run in runs}, key=[*AGENT_TITLES, *(r.config.agent for r in runs)].index)
+    used = sorted(
+        {run.config.agent for run in runs}, key=[*AGENT_TITLES, *(r.config.agent for r in runs)].index
+    )
     agents = [AGENT_TITLES.get(agent, agent.upper()) for agent in used]
     return f"{', '.join(agents)}. {count(len(runs), 'training run')}."
 
