@@ -137,14 +137,14 @@ def kill(name, before):
 
 
 def test_a_process_that_dies_is_named_and_its_episodes_go_on_as_if_it_had_not(played, caplog):
-    """Killed while it waits, and while it has two steps to take."""
+    """Killed while it waits, three times but not in a row, and while it has two steps to take."""
     expected, actions = played
     before = set(multiprocessing.active_children())
     environments = make_vector("cartpole_swingup", 3, 7, 250, num_workers=2)
     try:
         steps = [(environments.reset()[0], 0, 0, False, {})]
         for t, action in enumerate(actions):
-            if t in (2, 5):
+            if t in (0, 2, 5):
                 kill("simulator-1", before)
             parts = Part(0, 2), Part(1, 2)
             for part in parts:
@@ -164,6 +164,7 @@ def test_a_process_that_dies_is_named_and_its_episodes_go_on_as_if_it_had_not(pl
             np.testing.assert_array_equal(step[i], other[i])
     told = [record.getMessage() for record in caplog.records if "simulators" in record.name]
     assert [text.split(" ended ")[0] for text in told] == [
+        "Simulator process 1 (environments 2 to 2)",
         "Simulator process 1 (environments 2 to 2)",
         "Simulator process 0 (environments 0 to 1)",
         "Simulator process 1 (environments 2 to 2)",

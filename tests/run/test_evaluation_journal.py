@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,8 +19,11 @@ from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.config import EvaluateConfig
 from bpt_rl.envs import tasks
 from bpt_rl.run import records
+from bpt_rl.run.episode_log import LogPlan, play
 from bpt_rl.run.evaluate import evaluate, evaluate_run
-from bpt_rl.run.rollout import OtherActionsError, Played, Start, rollout
+from bpt_rl.run.evaluated_run import EvaluatedRun
+from bpt_rl.run.evaluation_journal import EvaluationJournal
+from bpt_rl.run.rollout import Start, rollout
 
 CONFIG = EvaluateConfig(num_chains=2, num_episodes=3, seed=11, num_workers=1)
 
@@ -132,6 +136,13 @@ def test_another_setting_is_another_evaluation_and_more_processes_are_not(run_pa
     assert names[0] < names[1]
 
 
+def test_other_parameters_are_another_evaluation(trained):
+    run = EvaluatedRun.open(trained, CONFIG)
+    nudged = jax.tree.map(lambda leaf: leaf + 1e-6, run.params)
+    assert run.journal_key() == EvaluatedRun.open(trained, CONFIG).journal_key()
+    assert run.journal_key() != dataclasses.replace(run, params=nudged).journal_key()
+
+
 def test_recorded_actions_that_the_policy_would_not_choose_are_played_again(
     run_path, environments, expected, caplog
 ):
@@ -194,15 +205,15 @@ def fragile(tmp_path_factory):
     path.write_text(
         "import gc\n"
         "from dm_control.mujoco import Physics\n"
-        "def cartpole_fragile(features, observation, action):\n"
+        "def cartpole_breaking(features, observation, action):\n"
         "    if abs(observation[0, 4]) > 14:\n"
         "        for physics in (p for p in gc.get_objects() if isinstance(p, Physics)):\n"
         "            if abs(physics.data.qvel[1]) > 14:\n"
         "                physics.data.qvel[:] = 1e12\n"
         "    return 1 + observation[:, 0]\n"
     )
-    environments = tasks.make_vector(f"{path}:cartpole_fragile", 3, 0, 20, num_workers=1)
-    yield f"{path}:cartpole_fragile", environments
+    environments = tasks.make_vector(f"{path}:cartpole_breaking", 3, 0, 20, num_workers=1)
+    yield f"{path}:cartpole_breaking", environments
     environments.close()
 
 
@@ -228,44 +239,32 @@ def test_a_simulator_that_diverges_is_counted_and_its_chain_goes_on(fragile):
     assert all("mjWARN_BADQ" in failure.reason for failure in log.failures)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_chains_that_are_out_of_step_go_on_where_they_were(fragile, num_parts):
+def test_chains_that_are_out_of_step_go_on_where_they_were(fragile, tmp_path):
     """After failures each chain is at another step of another episode: the simulators play up to there."""
-    _, environments = fragile
-    start = Start(seed=2, num_episodes=3)
+    task, environments = fragile
+    plan = LogPlan(
+        task=task,
+        num_episodes=3,
+        num_chains=3,
+        action_repeat=20,
+        context="chain",
+        start=Start(seed=2, num_episodes=3),
+        num_parts=2,
+    )
 
-    def transitions(played=None):
-        policy = RandomPolicy(1, 4)
-        return list(rollout(policy, environments, start, num_parts=num_parts, played=played))
+    def log_of(journal=None, report=None):
+        log, episodes = play(RandomPolicy(1, 4), environments, plan, journal=journal, report_progress=report)
+        return records.log_to_json(log), [vars(episode) for episode in episodes]
 
-    whole = transitions()
-    half = whole[: len(whole) // (2 * num_parts) * num_parts]
-    played = Played(**joined(half, num_parts), failures=failures_of(half, num_parts))
+    def interrupt(name, done, total):
+        if done == 2:
+            raise InterruptionError
+
+    expected = log_of()
+    journal = EvaluationJournal(tmp_path, {"of": "this test"})
+    with pytest.raises(InterruptionError):
+        log_of(journal, interrupt)
+    played = journal.played("chain")
+    assert played.failures
     assert len({tuple(column) for column in played.done.T}) > 1
-    for one, other in zip(transitions(played), whole, strict=True):
-        np.testing.assert_equal(one._asdict(), other._asdict())
-    played.action[3] *= -1
-    with pytest.raises(OtherActionsError, match="at step 3 they differ by"):
-        transitions(played)
-
-
-def joined(transitions, num_parts):
-    """Returns arrays of all environments, a row a step."""
-    arrays = {}
-    for name in ("observation", "action", "reward", "done"):
-        rows = []
-        for t in range(0, len(transitions), num_parts):
-            row = {}
-            for transition in transitions[t : t + num_parts]:
-                row |= zip(transition.environment.tolist(), getattr(transition, name), strict=True)
-            rows.append([row[i] for i in range(3)])
-        arrays[name] = np.array(rows)
-    return arrays
-
-
-def failures_of(transitions, num_parts):
-    return {
-        (k // num_parts, i): reason
-        for k, step in enumerate(transitions)
-        for i, reason in step.failures.items()
-    }
+    np.testing.assert_equal(log_of(journal), expected)
