@@ -74,9 +74,9 @@ def _misspelt(config: object, arguments: Sequence[str]) -> Iterator[str]:
             continue
 
         def likeness(name: str, option: str = group + dot + last, last: str = last) -> tuple[float, float]:
-            ratios = [
-                difflib.SequenceMatcher(None, *pair).ratio() for pair in ((last, known[name]), (option, name))
-            ]
+            # An option without a group may be of any: of those alike the first, not the one of the shortest name.
+            pairs = ((last, known[name]), (option, name) if "." in option else ("", ""))
+            ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
             return ratios[0], ratios[1]
 
         yield f"bpt-rl: there is no option {argument.partition('=')[0]}. Nearest: --{max(known, key=likeness)}."
