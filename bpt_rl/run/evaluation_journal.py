@@ -42,7 +42,8 @@ class EvaluationJournal:
 
     def forget(self, name: str) -> None:
         """Removes the steps of a log."""
-        for path in self.folder.glob(f"{name}_*.npz"):
+        # The last first: what a kill in between leaves is what was played, from its beginning.
+        for path in sorted(self.folder.glob(f"{name}_*.npz"), reverse=True):
             path.unlink()
 
     def played(self, name: str) -> Played | None:
