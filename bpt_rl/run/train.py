@@ -32,7 +32,7 @@ from bpt_rl.run.step import (
     placed_state,
     state_layout,
 )
-from bpt_rl.td_config import TD_AGENTS
+from bpt_rl.td_config import TD_AGENTS, TDConfig
 from bpt_rl.types import DataStatistics, PackedBatch
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -69,6 +69,11 @@ def train(
         from bpt_rl.run.train_td import train_td  # It takes what it tells of its progress from here.
 
         return train_td(config, report_progress, announce=announce, command=command)
+    if config.td != TDConfig():
+        raise ValueError(
+            f"Only agents that learn from single transitions read td.*; got agent {config.agent!r} and {config.td}. "
+            "Leave td.* out, or name another agent."
+        )
     folder = records.RunFolder(Path(config.run))
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store.open(config.data.store))

@@ -190,6 +190,13 @@ def test_settings_that_nobody_would_read_are_refused_before_a_folder_is_made(
     assert not list(tmp_path.iterdir())
 
 
+def test_agents_that_learn_from_trajectories_refuse_settings_of_the_others(tiny, tmp_path):
+    config = dataclasses.replace(tiny(tmp_path / "at"), td=TD)
+    with pytest.raises(ValueError, match=r"read td\.\*; got agent 'at' and TDConfig\(num_updates=10, "):
+        train(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_agents_of_one_kind_are_not_made_as_the_other(small, whole, trained):
     with pytest.raises(ValueError, match=r"from trajectories: at, dt, bc; got 'td3'"):
         make_agent(whole.config(), whole.statistics())
