@@ -101,11 +101,15 @@ def films(runs: Sequence[Run]) -> str:
 
 def _pairs(run: Run) -> Iterator[str]:
     pairs: dict[str, list[tuple[Path, str]]] = {}
-    for path in sorted(run.folder.evaluations_path.glob("*.*")):
+    files = sorted(run.folder.evaluations_path.glob("*.*"))
+    records = sorted((f for f in files if f.suffix == ".json"), key=lambda f: f.stat().st_mtime_ns)
+    for path in files:
         if path.suffix in _FILM_TYPES:
             stem, _, which = path.stem.rpartition("_")
             if which in ("first", "last"):
-                pairs.setdefault(stem, []).append((path, f"{which} episode of a chain"))
+                # Films of an earlier evaluation would stand beside the numbers of this one.
+                if records and stem == records[-1].stem:
+                    pairs.setdefault(stem, []).append((path, f"{which} episode of a chain"))
             else:
                 pairs.setdefault(path.name, []).append((path, "an episode"))
     for films_of_chain in pairs.values():

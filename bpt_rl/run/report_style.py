@@ -111,8 +111,8 @@ details pre { margin-top: 10px; }
 .plain { width: auto; min-width: min(460px, 100%); font-size: 0.9rem; }
 .plain tbody tr { border-bottom: 1px solid var(--grid); }
 .plain th, .plain td { padding-top: 6px; padding-bottom: 6px; }
-.plain th:first-child { position: sticky; left: 0; background: var(--paper); max-width: 240px;
-                        overflow-wrap: anywhere; }
+.plain th:first-child { position: sticky; left: 0; background: var(--paper); min-width: 110px;
+                        max-width: 240px; overflow-wrap: anywhere; }
 .differences td { overflow-wrap: anywhere; min-width: 84px; max-width: 260px; }
 .seeds td { white-space: nowrap; }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);

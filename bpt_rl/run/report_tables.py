@@ -196,23 +196,30 @@ def differences(runs: Sequence[Run]) -> str:
 
 def versions(runs: Sequence[Run]) -> str:
     """Returns what was installed where, one column for each set of versions that occurs."""
-    columns: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    columns: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     for run in runs:
         for verb, values in (
             ("trained", run.versions),
             ("evaluated", (run.evaluation or {}).get("versions", {})),
         ):
             if flat := _flat_versions(values):
-                columns.setdefault(tuple(flat.items()), []).append(f"{run.name} {verb}")
+                columns.setdefault(tuple(flat.items()), {}).setdefault(verb, []).append(run.name)
     if not columns:
         return ""
     names = list(dict.fromkeys(name for column in columns for name, _ in column))
-    heads = [", ".join(users) if len(columns) > 1 else "all runs" for users in columns.values()]
+    heads = [
+        "; ".join(
+            f"{verb}: {', '.join(users) if len(users) < len(runs) else 'all runs'}"
+            for verb, users in by.items()
+        )
+        for by in columns.values()
+    ]
     rows = [text_row(name, [dict(column).get(name, "–") for column in columns]) for name in names]  # noqa: RUF001
     return table("Versions", "plain", ["Package", *map(html.escape, heads)], ["".join(rows)])
 
 
 def _flat_versions(values: Mapping[str, Any]) -> dict[str, str]:
     packages = values.get("packages", {})
-    rest = {k.replace("_", " "): v for k, v in values.items() if k not in ("packages", "command")}
+    # What a run decided, like where its data lies, stands there too, and differs from run to run.
+    rest = {k.replace("_", " "): v for k, v in values.items() if isinstance(v, str) and k != "command"}
     return {str(name): str(value) for name, value in {**packages, **rest}.items()}

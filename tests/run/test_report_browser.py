@@ -1,6 +1,7 @@
 """One page that compares runs: what its bytes hold, and what a browser makes of them."""
 
 import base64
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bpt_rl.run import report_groups, report_seeds, report_verdict, statistics
+from bpt_rl.run import report_groups, report_seeds, report_tables, report_verdict, statistics
 from bpt_rl.run.report import write_report
 from bpt_rl.types import EpisodeFailure
 
@@ -61,6 +62,7 @@ def paths(tmp_path_factory, write_run, evaluated_log):
     found = [write_one(root, write_run, evaluated_log, agent, seed) for agent, seed in RUNS]
     for name in ("step_last.gif", "step_first.gif"):
         (found[3] / "evaluations" / name).write_bytes(GIF)
+    (found[3] / "evaluations" / "earlier_first.gif").write_bytes(GIF)
     (found[4] / "evaluations" / "step_first.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     return found
 
@@ -163,6 +165,25 @@ def test_only_what_differs_between_runs_is_shown(text, paths):
         "seed": ["0", "1", "2", "0", "1", "2", "0"],
     }
     assert "What differs" not in write_report(paths[:1], paths[0].parent / "one.html").read_text()
+
+
+def test_versions_have_a_column_for_each_set_of_them(text, paths):
+    assert re.findall(r'<th scope="col">(.*?)</th>', section(text, "Versions")) == [
+        "Package",
+        "trained: all runs; evaluated: all runs",
+    ]
+    runs = report_groups.read_runs(paths[:3])
+    other = dataclasses.replace(
+        runs[0], versions={**runs[0].versions, "python": "3.13.0", "data": {"bytes": 5}}
+    )
+    table = report_tables.versions([other, *runs[1:]])
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == [
+        "Package",
+        "trained: dt_0",
+        "evaluated: all runs; trained: dt_1, dt_2",
+    ]
+    assert '<th scope="row">python</th><td>3.13.0</td><td>3.11.7</td>' in table
+    assert "bytes" not in table
 
 
 def test_films_of_a_chain_stand_side_by_side(text):
