@@ -46,7 +46,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         ("Return asked for, return obtained", report_page.plots(asked)),
         ("How many trajectories", report_page.plots(report_plots.ablations(groups))),
         ("Data and training", report_page.plots(training) + _not_evaluated(runs)),
-        ("Episodes on film", report_page.films(runs)),
+        ("Episodes on film", report_page.films(groups)),
         ("What differs between the runs", report_tables.differences(runs)),
         ("Configuration", report_page.configurations(runs)),
         ("Versions", report_tables.versions(runs)),

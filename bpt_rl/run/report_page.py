@@ -89,12 +89,13 @@ def _key(entry: LegendEntry) -> str:
     )
 
 
-def films(runs: Sequence[Run]) -> str:
-    """Returns the films beside the evaluations, first and last episode of a chain together, or says how to get one."""
-    shown = "".join(pair for run in runs for pair in _pairs(run))
+def films(groups: Sequence[Group]) -> str:
+    """Returns the films of one run of each group, first and last episode side by side, or says how to get one."""
+    filmed = [[pairs for run in group.runs if (pairs := "".join(_pairs(run)))] for group in groups]
+    shown = "".join(pairs[0] for pairs in filmed if pairs)
     if shown:
         return f'<div class="films">{shown}</div>'
-    reasons = [run.folder.evaluations_path / "rendering.txt" for run in runs]
+    reasons = [run.folder.evaluations_path / "rendering.txt" for group in groups for run in group.runs]
     sentences = [reason.read_text().strip() for reason in reasons if reason.is_file()]
     return "".join(f"<p>{html.escape(text)}</p>" for text in dict.fromkeys(sentences or [_NO_FILM]))
 

@@ -20,15 +20,15 @@ def seeds(groups: Sequence[Group]) -> str:
     shown = [group for group in groups if len(group.runs) >= MIN_SEEDS]
     if len(shown) < 2:
         return ""
-    rows = [_row(group, shown) for group in shown]
+    # One scale for all, that of the group which the verdict is about.
+    references = _references(report_verdict.subject(shown))
+    rows = [_row(group, shown, references) for group in shown]
     head = [
         "Policy",
         "Interquartile mean",
         "Normalised",
         *(html.escape(f"Above {g.short_title}") for g in shown),
     ]
-    subject = shown[0]
-    references = _references(subject)
     scale = f"Normalised: {references.label}. " if references else ""
     fewest = min(len(group.runs) for group in shown)
     note = (
@@ -48,8 +48,9 @@ def scores(group: Group) -> Float[np.ndarray, "seeds 1"]:
     return np.array([[protocols.per_chain(name, log).mean()] for log in group.logs("chain")])
 
 
-def _row(group: Group, everyone: Sequence[Group]) -> str:
-    cells = [number_cell(_middle(group), "Interquartile mean"), number_cell(_normalised(group), "Normalised")]
+def _row(group: Group, everyone: Sequence[Group], references: statistics.References | None) -> str:
+    normalised = _normalised(group, references) if references else None
+    cells = [number_cell(_middle(group), "Interquartile mean"), number_cell(normalised, "Normalised")]
     for other in everyone:
         label = f"Above {other.short_title}"
         cells.append(NOTHING if other is group else number_cell(_above(group, other), label))
@@ -64,10 +65,7 @@ def _middle(group: Group) -> ReportedNumber:
     return _number(group, protocol, value, bounds, "resampled seeds")
 
 
-def _normalised(group: Group) -> ReportedNumber | None:
-    references = _references(group)
-    if references is None:
-        return None
+def _normalised(group: Group, references: statistics.References) -> ReportedNumber:
     found = statistics.NormalizedScores(raw=scores(group), references=[references]).scores
     bounds = statistics.stratified_interval(statistics.interquartile_mean, found)
     protocol = (

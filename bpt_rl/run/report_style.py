@@ -113,7 +113,8 @@ details pre { margin-top: 10px; }
 .plain th, .plain td { padding-top: 6px; padding-bottom: 6px; }
 .plain th:first-child { position: sticky; left: 0; background: var(--paper); min-width: 110px;
                         max-width: 240px; overflow-wrap: anywhere; }
-.differences td { overflow-wrap: anywhere; min-width: 84px; max-width: 260px; }
+.differences td { overflow-wrap: anywhere; min-width: 92px; max-width: 260px; }
+.differences th:first-child { min-width: 170px; }
 .seeds td { white-space: nowrap; }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
       white-space: nowrap; }
@@ -160,7 +161,7 @@ details pre { margin-top: 10px; }
   .results small, .checks small { font-size: 0.66rem; }
   .plain { font-size: 0.72rem; }
   .differences { width: 100%; }
-  .differences td { min-width: 0; }
+  .differences td, .differences th:first-child { min-width: 0; }
   .key i { print-color-adjust: exact; }
   .results tr:not(.group) > th:first-child { min-width: 0; }
   th, td { padding: 5px 5px; }

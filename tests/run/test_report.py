@@ -242,10 +242,10 @@ def test_run_without_evaluation_shows_its_training_alone(tmp_path, write_run):
 
 
 def test_reason_for_a_missing_film_is_passed_on(single):
-    runs = report_groups.read_runs([single])
-    assert "libegl1" in report_page.films(runs)
+    groups = report_groups.group_runs(report_groups.read_runs([single]))
+    assert "libegl1" in report_page.films(groups)
     (single / "evaluations" / "rendering.txt").write_text("No episode was drawn: <reason>.\n")
-    assert report_page.films(runs) == "<p>No episode was drawn: &lt;reason&gt;.</p>"
+    assert report_page.films(groups) == "<p>No episode was drawn: &lt;reason&gt;.</p>"
 
 
 def test_commands_configuration_and_versions_are_shown(page):

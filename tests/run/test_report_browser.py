@@ -63,7 +63,8 @@ def paths(tmp_path_factory, write_run, evaluated_log):
     for name in ("step_last.gif", "step_first.gif"):
         (found[3] / "evaluations" / name).write_bytes(GIF)
     (found[3] / "evaluations" / "earlier_first.gif").write_bytes(GIF)
-    (found[4] / "evaluations" / "step_first.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    for path in (found[1], found[4]):
+        (path / "evaluations" / "step_first.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     return found
 
 
@@ -111,6 +112,8 @@ def test_seeds_are_compared_by_interquartile_mean_and_probability_of_improvement
     )
     random = report_verdict.number(groups["at"], "mean", "random").value
     assert normalised == pytest.approx((middle - random) / (60 - random))
+    scales = re.findall(r"of (\w+), normalised \((.*?)\)", section(text, "Seeds against seeds"))
+    assert {name for name, _ in scales} == {"last", "mean"} and len({scale for _, scale in scales}) == 1
     assert "Behaviour cloning" not in section(text, "Seeds against seeds")
 
 
@@ -186,7 +189,7 @@ def test_versions_have_a_column_for_each_set_of_them(text, paths):
     assert "bytes" not in table
 
 
-def test_films_of_a_chain_stand_side_by_side(text):
+def test_films_of_one_run_of_each_agent_stand_side_by_side(text):
     shown = section(text, "Episodes on film")
     pairs = re.findall(r'<div class="pair">(.*?)</div>', shown)
     assert [re.findall(r"\((step_\w+\.\w+)\)", pair) for pair in pairs] == [
@@ -195,7 +198,7 @@ def test_films_of_a_chain_stand_side_by_side(text):
     ]
     assert f"data:image/gif;base64,{base64.b64encode(GIF).decode()}" in pairs[0]
     assert (
-        '<video aria-label="First episode of a chain, played by at_1" src="data:video/mp4;base64,' in pairs[1]
+        '<video aria-label="First episode of a chain, played by dt_1" src="data:video/mp4;base64,' in pairs[1]
     )
 
 
