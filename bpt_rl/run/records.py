@@ -90,8 +90,17 @@ class RunFolder:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Returns every evaluation of the run, oldest first; `evaluate.record` says what each holds."""
-        files = sorted(self.evaluations_path.glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        return [json.loads(file.read_text()) for file in files]
+        return list(self.evaluation_files().values())
+
+    def evaluation_files(self) -> dict[Path, dict[str, Any]]:
+        """Returns `evaluations` by their files; those of one second in the order they were written in."""
+        found = {path: json.loads(path.read_text()) for path in self.evaluations_path.glob("*.json")}
+
+        def age(path: Path) -> tuple[str, int]:
+            # A copied folder's files are all of the same age, or of any.
+            return found[path].get("timings", {}).get("created", ""), path.stat().st_mtime_ns
+
+        return {path: found[path] for path in sorted(found, key=age)}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

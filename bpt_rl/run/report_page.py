@@ -102,14 +102,13 @@ def films(groups: Sequence[Group]) -> str:
 
 def _pairs(run: Run) -> Iterator[str]:
     pairs: dict[str, list[tuple[Path, str]]] = {}
-    files = sorted(run.folder.evaluations_path.glob("*.*"))
-    records = sorted((f for f in files if f.suffix == ".json"), key=lambda f: f.stat().st_mtime_ns)
-    for path in files:
+    latest = [path.stem for path in run.folder.evaluation_files()][-1:]
+    for path in sorted(run.folder.evaluations_path.glob("*.*")):
         if path.suffix in _FILM_TYPES:
             stem, _, which = path.stem.rpartition("_")
             if which in ("first", "last"):
                 # Films of an earlier evaluation would stand beside the numbers of this one.
-                if records and stem == records[-1].stem:
+                if stem in latest:
                     pairs.setdefault(stem, []).append((path, f"{which} episode of a chain"))
             else:
                 pairs.setdefault(path.name, []).append((path, "an episode"))

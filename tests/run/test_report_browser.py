@@ -3,13 +3,15 @@
 import base64
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bpt_rl.run import report_groups, report_seeds, report_tables, report_verdict, statistics
+from bpt_rl.run import report_groups, report_page, report_seeds, report_tables, report_verdict, statistics
 from bpt_rl.run.report import write_report
 from bpt_rl.types import EpisodeFailure
 
@@ -168,6 +170,19 @@ def test_only_what_differs_between_runs_is_shown(text, paths):
         "seed": ["0", "1", "2", "0", "1", "2", "0"],
     }
     assert "What differs" not in write_report(paths[:1], paths[0].parent / "one.html").read_text()
+
+
+def test_latest_evaluation_is_the_one_made_last_though_files_are_copied(tmp_path, write_run):
+    path = write_run(tmp_path, "at", timings={"created": "2026-01-01T10:00:00+00:00"})
+    folder = report_groups.RunFolder(path)
+    later = folder.evaluations()[0] | {"step": 700, "timings": {"created": "2026-01-02T09:00:00+00:00"}}
+    (path / "evaluations" / "later.json").write_text(json.dumps(later))
+    os.utime(path / "evaluations" / "later.json", ns=(1, 1))
+    assert report_groups.read_run(path).evaluation["step"] == 700
+    for name in ("step_first.gif", "later_first.gif"):
+        (path / "evaluations" / name).write_bytes(GIF)
+    groups = report_groups.group_runs(report_groups.read_runs([path]))
+    assert re.findall(r"\((\w+_first\.gif)\)", report_page.films(groups)) == ["later_first.gif"]
 
 
 def test_versions_have_a_column_for_each_set_of_them(text, paths):
