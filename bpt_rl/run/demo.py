@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gymnasium.vector import VectorEnv
 
-from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, TrainConfig
+from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.ablate import ablate
@@ -100,10 +100,23 @@ def _train_and_evaluate(
     for baseline in baselines:
         with stages.stage(f"train and evaluate {baseline.agent}") as advance:
             train(baseline, _with_loss(advance), command=command)
-            evaluate = dataclasses.replace(ablation.evaluate, random=False)
+            evaluate = _evaluation_of(baseline, ablation.evaluate)
             evaluate_run(Path(baseline.run), evaluate, environments=environments, command=command)
         runs.append(Path(baseline.run))
     return runs
+
+
+def _evaluation_of(baseline: TrainConfig, evaluate: EvaluateConfig) -> EvaluateConfig:
+    """Returns what of an evaluation makes sense for an agent whose context holds no trajectories."""
+    return dataclasses.replace(
+        evaluate,
+        # The ablation's cells have played them.
+        random=False,
+        context_order="none",
+        num_context_trajectories=0,
+        context_capacity=0,
+        target_sweep=evaluate.target_sweep if baseline.agent == "dt" else (),
+    )
 
 
 def _with_loss(advance: Advance) -> Progress:
