@@ -95,5 +95,7 @@ def _is_finished(path: Path, cell: TrainConfig, config: AblateConfig, digest: st
     marker, folder = path / "cell.json", records.RunFolder(path)
     if not marker.is_file() or not any(folder.evaluations_path.glob("*.json")):
         return False
-    same_evaluation = json.loads(marker.read_text())["evaluate"] == dataclasses.asdict(config.evaluate)
+    # As JSON, which knows no tuples.
+    asked = json.loads(json.dumps(dataclasses.asdict(config.evaluate)))
+    same_evaluation = json.loads(marker.read_text())["evaluate"] == asked
     return same_evaluation and folder.config() == cell and folder.statistics().digest == digest

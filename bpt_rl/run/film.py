@@ -67,6 +67,7 @@ def write_film(
     named = os.environ.get("MUJOCO_GL")
     tried = tuple(backends) or tuple(dict.fromkeys((named, *BACKENDS) if named else BACKENDS))
     path.parent.mkdir(parents=True, exist_ok=True)
+    reason = "none was tried"
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         states, drawn = Path(folder) / "states.npz", Path(folder) / f"film{path.suffix}"
         np.savez(states, physics=physics, task=task, action_repeat=action_repeat, size=size)

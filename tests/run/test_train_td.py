@@ -110,10 +110,9 @@ def test_one_call_of_many_updates_equals_many_calls_of_few(whole, store_path, as
     np.testing.assert_allclose(metrics["state_norm"], np.sqrt(squares), rtol=1e-5)
 
 
-@pytest.mark.parametrize("agent", TD_AGENTS)
-def test_the_command_line_trains_every_agent_from_its_preset_and_its_run_acts(
-    cli, store_path, tmp_path, agent
-):
+# Of the two whose states and policies are not those of TD3, which the other tests train.
+@pytest.mark.parametrize("agent", ["cql", "iql"])
+def test_the_command_line_trains_an_agent_from_its_preset_and_its_run_acts(cli, store_path, tmp_path, agent):
     run = tmp_path / agent
     small = "--td.num-updates 2 --td.batch-size 4 --td.hidden-dim 8 --log-every 2 --checkpoint-every 2"
     out = cli.succeed(f"train {agent} --data.store {store_path} --data.task {TASK} {small} --run {run}")
