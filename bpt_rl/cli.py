@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from bpt_rl import ablate_config, config_toml
 from bpt_rl import config as config_lib
-from bpt_rl import config_toml
 from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.command import Call, Verb, parse, split
 from bpt_rl.data_verbs import DATA_VERBS
@@ -24,7 +24,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError
 
 def _demo(call: Call) -> None:
     config = parse(
-        config_lib.DemoConfig, call, call.arguments, config_toml.load(config_lib.DemoConfig, "demo")
+        ablate_config.DemoConfig, call, call.arguments, config_toml.load(ablate_config.DemoConfig, "demo")
     )
     from bpt_rl.run.demo import demo
 
@@ -86,8 +86,8 @@ def _render(call: Call) -> None:
 
 def _ablate(call: Call) -> None:
     names, options = split(call, "a configuration: a TOML file or a preset")
-    default = config_toml.load(config_lib.AblateConfig, names[0]) if names else None
-    config = parse(config_lib.AblateConfig, call, [*names[1:], *options], default)
+    default = config_toml.load(ablate_config.AblateConfig, names[0]) if names else None
+    config = parse(ablate_config.AblateConfig, call, [*names[1:], *options], default)
     from bpt_rl.run.ablate import ablate
     from bpt_rl.run.console import Stages
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from bpt_rl import ablate_config
 from bpt_rl import config as config_lib
+from bpt_rl.ablate_config import AblateConfig, DemoConfig
+from bpt_rl.collect_config import CollectConfig
 from bpt_rl.config import (
-    AblateConfig,
     BuildConfig,
-    CollectConfig,
     DataConfig,
-    DemoConfig,
     DownloadConfig,
     EvaluateConfig,
     ExportConfig,
@@ -69,7 +69,8 @@ def test_what_is_written_is_read_back(tmp_path: Path, config: Any) -> None:
 
 
 def test_every_config_class_is_tested() -> None:
-    found = {v for v in vars(config_lib).values() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    names = {**vars(config_lib), **vars(ablate_config)}
+    found = {v for v in names.values() if isinstance(v, type) and dataclasses.is_dataclass(v)}
     assert found == set(ALL)
 
 

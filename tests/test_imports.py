@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "types": 0,
+    "ablate_config": 0,
     "config": 0,
     "config_toml": 0,
     "bench_config": 0,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gymnasium.vector import VectorEnv
 
-from bpt_rl.config import AblateConfig, TrainConfig
+from bpt_rl.ablate_config import AblateConfig
+from bpt_rl.config import TrainConfig
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.evaluate import evaluate_run

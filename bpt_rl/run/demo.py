@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gymnasium.vector import VectorEnv
 
-from bpt_rl.config import AblateConfig, BuildConfig, DemoConfig, EvaluateConfig, TrainConfig
+from bpt_rl.ablate_config import AblateConfig, DemoConfig
+from bpt_rl.config import BuildConfig, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.ablate import ablate

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from bpt_rl.config import AblateConfig, BuildConfig, DataConfig, EvaluateConfig, TrainConfig
+from bpt_rl.ablate_config import AblateConfig
+from bpt_rl.config import BuildConfig, DataConfig, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.run.ablate import ablate, cells
 from bpt_rl.run.records import RunFolder
