@@ -7,7 +7,13 @@ from typing import Literal
 from bpt_rl.config_checks import not_negative, positive
 from bpt_rl.td_config import TDAgentName, TDConfig
 
-Layout = Literal["return_state_action_reward", "return_state_action", "fused"]
+Layout = Literal[
+    "return_state_action_reward",
+    "return_state_action",
+    "state_action_reward",
+    "fused",
+    "fused_without_return",
+]
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 FullContext = Literal["refuse", "drop_oldest"]
@@ -20,7 +26,13 @@ class ModelConfig:
     """Transformer backbone and its token layout."""
 
     layout: Layout = "return_state_action_reward"
-    """Tokens of a step: four as in the paper, three as in the Decision Transformer, or one fused token."""
+    """Tokens of a step: four as in the Agentic Transformer's paper, three as in the Decision Transformer's or in
+    algorithm distillation's, which asks for no return; or one fused token, with the return asked for or without."""
+    positions: Literal["context", "episode", "none"] = "context"
+    """Rotary position of a token: counted over the whole context, or anew in each episode; or no rotary positions, as
+    in the Decision Transformer. The step within the episode is embedded besides, always."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm of embeddings and residual branches: by the root mean square, or LayerNorm."""
     embed_dim: int = 128
     """Width of the residual stream."""
     num_layers: int = 3

@@ -22,9 +22,13 @@ from jaxtyping import Float, Int
 LAYOUTS: Mapping[str, int] = {
     "return_state_action_reward": 4,
     "return_state_action": 3,
+    "state_action_reward": 3,
     "fused": 1,
+    "fused_without_return": 1,
 }
 """Tokens a step of each token layout."""
+WITHOUT_RETURN = ("state_action_reward", "fused_without_return")
+"""Layouts in which neither return-to-go nor completion enters the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

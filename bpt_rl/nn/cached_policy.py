@@ -16,7 +16,7 @@ from bpt_rl.nn.context_steps import ChainEnd, empty_steps, end_of, forget_oldest
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
-from bpt_rl.types import LAYOUTS, PackedBatch
+from bpt_rl.types import PackedBatch
 
 
 class CachedCarry(NamedTuple):
@@ -126,7 +126,7 @@ class CachedPolicy:
         self._clear_context = clear_context
         self._completion = completion
         self._model = nnx.merge(graph, params)
-        self._tokens_per_step = LAYOUTS[self._model.config.layout]
+        self._tokens_per_step: int = self._model.tokens_per_step
         self._num_episodes = 1 if clear_context else num_episodes
         self._drops = full_context == "drop_oldest" and not clear_context
         self._first_steps = -(-first_capacity // self._tokens_per_step)

@@ -1,5 +1,6 @@
 """Steps of trajectories as tokens, through the transformer, to actions."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,15 @@ from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.feedforward import blockwise_map
-from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop
-from bpt_rl.types import LAYOUTS, PackedBatch
+from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop, make_norm
+from bpt_rl.types import LAYOUTS, WITHOUT_RETURN, PackedBatch
+
+TOKENS: Mapping[str, tuple[str, ...]] = {
+    "return_state_action_reward": ("return", "state", "action", "outcome"),
+    "return_state_action": ("return", "state", "action"),
+    "state_action_reward": ("state", "action", "outcome"),
+}
+"""What the tokens of a step carry, in order, in each layout of several."""
 
 
 class ActionDistribution(NamedTuple):
@@ -50,9 +58,12 @@ class TrajectoryModel(nnx.Module):
     Tokens of a step, in order; the action is read from the last token before it:
       return_state_action_reward: return-to-go, observation, action, (reward, completion)
       return_state_action:        return-to-go, observation, action
+      state_action_reward:        observation, action, reward
       fused: one token of return-to-go, observation and the previous step's action, reward and completion
+      fused_without_return: one token of observation and the previous step's action and reward
 
-    Source: Chen et al. 2021, section 3; Liu and Abbeel 2023, section 3. The fused layout is this project's.
+    Source: Chen et al. 2021, section 3; Liu and Abbeel 2023, section 3; Laskin et al. 2022, section 3. The fused
+    layouts are this project's.
     """
 
     def __init__(
@@ -66,26 +77,42 @@ class TrajectoryModel(nnx.Module):
         def linear(inputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, width, param_dtype=jnp.float32, rngs=rngs)
 
-        self.embed_return = linear(1)
+        has_return = config.layout not in WITHOUT_RETURN
+        if has_return:
+            self.embed_return = linear(1)
         self.embed_observation = linear(observation_dim)
         self.embed_action = linear(action_dim)
         if config.layout != "return_state_action":
-            self.embed_reward = linear(2)
+            self.embed_reward = linear(2 if has_return else 1)
         embedding = nnx.initializers.normal(0.02)
         self.embed_step = nnx.Embed(episode_steps, width, embedding_init=embedding, rngs=rngs)
         if config.episode_embedding:
             self.embed_episode = nnx.Embed(
                 config.episode_embedding, width, embedding_init=embedding, rngs=rngs
             )
-        self.embed_norm = nnx.RMSNorm(width, param_dtype=jnp.float32, rngs=rngs)
+        self.embed_norm = make_norm(config, rngs)
         self.transformer = Transformer(config, rngs)
         outputs = 2 * action_dim if config.action_distribution == "gaussian" else action_dim
         self.head = nnx.Linear(width, outputs, param_dtype=jnp.float32, rngs=rngs)
 
     @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step."""
+        return LAYOUTS[self.config.layout]
+
+    @property
+    def _num_known(self) -> int:
+        """Tokens of a step up to the one that its action is read from."""
+        return 1 if self._is_fused else TOKENS[self.config.layout].index("state") + 1
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.tokens_per_step == 1
+
+    @property
     def num_dummy(self) -> int:
         """Tokens of the step before the first one, which decoding writes and nothing sees."""
-        return {"return_state_action_reward": 2, "return_state_action": 1, "fused": 0}[self.config.layout]
+        return self.tokens_per_step - self._num_known
 
     def check_steps(self, step: Int[np.ndarray, "B"]) -> None:
         """Refuses steps that no training episode had: they have no embedding.
@@ -105,8 +132,31 @@ class TrajectoryModel(nnx.Module):
             place = place + self.embed_episode(jnp.minimum(episode, self.config.episode_embedding - 1))
         return place
 
-    def _outcome(self, reward: Float[Any, "..."], completion: Float[Any, "..."]) -> Float[jax.Array, "... D"]:
-        return self.embed_reward(jnp.stack([reward, completion], axis=-1))
+    def _positions(self, step: Int[Any, "B T"]) -> Int[jax.Array, "B S"] | None:
+        """Returns the rotary positions of the tokens of these steps; None where they follow the context."""
+        if self.config.positions != "episode":
+            return None
+        per_step = self.tokens_per_step
+        return (jnp.asarray(step)[..., None] * per_step + jnp.arange(per_step)).reshape(len(step), -1)
+
+    def _parts(
+        self,
+        return_to_go: Float[Any, "..."],
+        observation: Float[Any, "... O"],
+        action: Float[Any, "... A"],
+        reward: Float[Any, "..."],
+        completion: Float[Any, "..."],
+    ) -> dict[str, Float[jax.Array, "... D"]]:
+        """Returns the embedding of each kind of thing that the layout has tokens for."""
+        has_return, parts = self.config.layout not in WITHOUT_RETURN, {}
+        if has_return:
+            parts["return"] = self.embed_return(return_to_go[..., None])
+        parts["state"] = self.embed_observation(observation)
+        parts["action"] = self.embed_action(action)
+        if self.config.layout != "return_state_action":
+            outcome = [reward, completion] if has_return else [reward]
+            parts["outcome"] = self.embed_reward(jnp.stack(outcome, axis=-1))
+        return parts
 
     def _read(self, x: Float[jax.Array, "B T D"]) -> ActionDistribution:
         output = self.head(x.astype(jnp.float32))
@@ -119,9 +169,8 @@ class TrajectoryModel(nnx.Module):
 
         They are made chunk by chunk in float32, and leave in the compute type.
         """
-        is_fused = self.config.layout == "fused"
         action, reward, completion = (
-            _previous(batch) if is_fused else (batch.action, batch.reward, batch.completion)
+            _previous(batch) if self._is_fused else (batch.action, batch.reward, batch.completion)
         )
         inputs = (
             batch.return_to_go,
@@ -132,8 +181,7 @@ class TrajectoryModel(nnx.Module):
             batch.step,
             batch.episode,
         )
-        tokens_per_step = LAYOUTS[self.config.layout]
-        chunk_steps = max(1, self.config.feedforward_chunk_size // tokens_per_step)
+        chunk_steps = max(1, self.config.feedforward_chunk_size // self.tokens_per_step)
         tokens: jax.Array = blockwise_map(
             self._tokens, [jnp.asarray(x) for x in inputs], chunk_steps, key=dropout_key
         )
@@ -152,37 +200,32 @@ class TrajectoryModel(nnx.Module):
     ) -> Float[jax.Array, "B T N D"]:
         """Returns the N tokens of each step; in the fused layout action, reward and completion are the last step's."""
         place = self._place(step, episode)
-        embedded_return = self.embed_return(return_to_go[..., None])
-        embedded_observation = self.embed_observation(observation)
-        embedded_action = self.embed_action(action)
-        if self.config.layout == "fused":
-            outcome = self._outcome(reward, completion)
-            tokens = [embedded_return + embedded_observation + embedded_action + outcome + place]
+        parts = self._parts(return_to_go, observation, action, reward, completion)
+        if self._is_fused:
+            tokens = [sum(parts.values()) + place]
         else:
-            tokens = [embedded_return + place, embedded_observation + place, embedded_action + place]
-            if self.config.layout == "return_state_action_reward":
-                tokens.append(self._outcome(reward, completion) + place)
+            tokens = [parts[kind] + place for kind in TOKENS[self.config.layout]]
         normed = self.embed_norm(jnp.stack(tokens, axis=2))
         return drop(normed, self.config.dropout, dropout_key).astype(self.config.compute_dtype)
 
     def __call__(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> ActionDistribution:
         """Returns the predicted action of every step of a normalised batch, [B, T, A]."""
-        tokens_per_step = LAYOUTS[self.config.layout]
+        tokens_per_step = self.tokens_per_step
         keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
         ids = batch.segment_ids
-        # The observation's token is the second of several, or the only one.
         action: ActionDistribution = self.transformer(
             self.embed(batch, keys[0]),
             None if ids is None else jnp.repeat(ids, tokens_per_step, axis=1),
             keys[1],
+            positions=self._positions(batch.step),
             read=self._read,
-            tokens=slice(min(1, tokens_per_step - 1), None, tokens_per_step),
+            tokens=slice(self._num_known - 1, None, tokens_per_step),
         )
         return action
 
     def init_cache(self, num_rows: int, num_steps: int) -> KeyValueCache:
         """Returns an empty cache for contexts of `num_steps` steps."""
-        return self.transformer.init_cache(num_rows, num_steps * LAYOUTS[self.config.layout])
+        return self.transformer.init_cache(num_rows, num_steps * self.tokens_per_step)
 
     def decode(self, inputs: Step, cache: KeyValueCache) -> tuple[ActionDistribution, KeyValueCache]:
         """Returns the action of the next step, [B, A], and the cache that holds its tokens.
@@ -191,18 +234,25 @@ class TrajectoryModel(nnx.Module):
         """
         place = self._place(inputs.step, inputs.episode)
         before = self._place(inputs.previous_step, inputs.previous_episode)
-        return_to_go = self.embed_return(inputs.return_to_go[:, None])
-        observation = self.embed_observation(inputs.observation)
-        action = self.embed_action(inputs.previous_action)
-        if self.config.layout == "fused":
-            outcome = self._outcome(inputs.previous_reward, inputs.previous_completion)
-            tokens = [return_to_go + observation + action + outcome + place]
+        parts = self._parts(
+            inputs.return_to_go,
+            inputs.observation,
+            inputs.previous_action,
+            inputs.previous_reward,
+            inputs.previous_completion,
+        )
+        if self._is_fused:
+            tokens = [sum(parts.values()) + place]
         else:
-            tokens = [action + before, return_to_go + place, observation + place]
-            if self.config.layout == "return_state_action_reward":
-                outcome = self._outcome(inputs.previous_reward, inputs.previous_completion)
-                tokens.insert(1, outcome + before)
-        x, cache = self.transformer.decode(self.embed_norm(jnp.stack(tokens, axis=1)), cache, self.num_dummy)
+            kinds, known = TOKENS[self.config.layout], self._num_known
+            tokens = [parts[kind] + before for kind in kinds[known:]]
+            tokens += [parts[kind] + place for kind in kinds[:known]]
+        positions = self._positions(jnp.stack([inputs.previous_step, inputs.step], axis=1))
+        if positions is not None:
+            # The last tokens of the step before, the first of this one.
+            positions = positions[:, self._num_known : self._num_known + self.tokens_per_step]
+        normed = self.embed_norm(jnp.stack(tokens, axis=1))
+        x, cache = self.transformer.decode(normed, cache, self.num_dummy, positions=positions)
         distribution = self._read(x[:, -1:])
         return ActionDistribution(distribution.mean[:, 0], distribution.log_std[:, 0]), cache
 
@@ -223,8 +273,10 @@ class TrajectoryModel(nnx.Module):
           rows: Which rows of the cache the contexts go to, ascending.
           num_steps: Steps of each context.
         """
-        num_tokens = jnp.asarray(num_steps) * LAYOUTS[self.config.layout]
-        return self.transformer.prefill(self.embed(batch), cache, rows, num_tokens, self.num_dummy)
+        num_tokens = jnp.asarray(num_steps) * self.tokens_per_step
+        return self.transformer.prefill(
+            self.embed(batch), cache, rows, num_tokens, self.num_dummy, self._positions(batch.step)
+        )
 
 
 def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:

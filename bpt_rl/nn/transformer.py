@@ -50,6 +50,13 @@ def drop(x: Float[jax.Array, "B S *_"], rate: float, key: jax.Array | None) -> F
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+def make_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
+    """Returns the norm that `config.norm` names, over the width of the stream."""
+    if config.norm == "rms":
+        return nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(config.embed_dim, epsilon=1e-5, param_dtype=jnp.float32, rngs=rngs)
+
+
 class Block(nnx.Module):
     """Attention and feedforward, each behind a norm and on a residual branch."""
 
@@ -68,12 +75,12 @@ class Block(nnx.Module):
         # Residual branches start small, so that the variance of the stream does not grow with depth.
         residual = nnx.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
         width = config.num_heads * self.head_dim
-        self.attention_norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+        self.attention_norm = make_norm(config, rngs)
         self.query = linear(config.embed_dim, width)
         self.key = linear(config.embed_dim, self.num_kv_heads * self.head_dim)
         self.value = linear(config.embed_dim, self.num_kv_heads * self.head_dim)
         self.output = linear(width, config.embed_dim, kernel_init=residual)
-        self.feedforward_norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+        self.feedforward_norm = make_norm(config, rngs)
         self.expand = linear(config.embed_dim, hidden)
         self.contract = linear(hidden, config.embed_dim, kernel_init=residual)
 
@@ -91,6 +98,8 @@ class Block(nnx.Module):
             jnp.matmul(normed, kernel.astype(dtype)).reshape(*x.shape[:2], -1, self.head_dim)
             for kernel in kernels
         )
+        if self.config.positions == "none":
+            return query, key, value
         return apply_rotary(query, positions), apply_rotary(key, positions), value
 
     def attend(
@@ -192,6 +201,7 @@ class Block(nnx.Module):
         cache_value: Float[jax.Array, "B H_kv C K"],
         length: Int[jax.Array, "B"],
         num_dummy: int,
+        positions: Int[jax.Array, "B S"] | None = None,
     ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B H_kv C K"], Float[jax.Array, "B H_kv C K"]]:
         """Returns the stream of S new tokens and the cache that holds them too.
 
@@ -201,9 +211,10 @@ class Block(nnx.Module):
           cache_value: Values of the tokens before them.
           length: Tokens before them, row by row.
           num_dummy: First slots of the cache that no later token may see.
+          positions: Rotary positions of the new tokens; their slots if None.
         """
         slots = length[:, None] + jnp.arange(x.shape[1])
-        query, key, value = self.project(x, slots, self.kernels())
+        query, key, value = self.project(x, slots if positions is None else positions, self.kernels())
         write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0)))
         cache_key = write(cache_key, key.swapaxes(1, 2).astype(cache_key.dtype), length)
         cache_value = write(cache_value, value.swapaxes(1, 2).astype(cache_value.dtype), length)
@@ -238,7 +249,7 @@ class Transformer(nnx.Module):
         self.config = config
         create = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
         self.blocks = create(rngs.split(config.num_layers))
-        self.norm = nnx.RMSNorm(config.embed_dim, param_dtype=jnp.float32, rngs=rngs)
+        self.norm = make_norm(config, rngs)
 
     def __call__(
         self,
@@ -246,6 +257,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[jax.Array, "B S"] | None,
         dropout_key: jax.Array | None = None,
         *,
+        positions: Int[jax.Array, "B S"] | None = None,
         read: Callable[[Float[jax.Array, "B C D"]], Any] = lambda normed: normed,
         tokens: slice = slice(None),
     ) -> Any:
@@ -255,12 +267,15 @@ class Transformer(nnx.Module):
           x: Token embeddings.
           segment_ids: Tokens see only tokens of their own segment; None where each row is one.
           dropout_key: Draws dropout; none without it.
+          positions: Rotary positions; those in the row if None.
           read: Maps normed tokens [B, C, D] to a tree of arrays [B, C, ...], each token by itself; it goes over them
             chunk by chunk.
           tokens: Those to be read.
         """
         graph, stacked = nnx.split(self.blocks)
-        config, positions = self.config, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        config = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
         def layer(stream: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             state, index = inputs
@@ -283,16 +298,25 @@ class Transformer(nnx.Module):
         return KeyValueCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(num_rows, jnp.int32))
 
     def decode(
-        self, x: Float[jax.Array, "B S D"], cache: KeyValueCache, num_dummy: int = 0
+        self,
+        x: Float[jax.Array, "B S D"],
+        cache: KeyValueCache,
+        num_dummy: int = 0,
+        *,
+        positions: Int[jax.Array, "B S"] | None = None,
     ) -> tuple[Float[jax.Array, "B S D"], KeyValueCache]:
-        """Returns the normed stream of S new tokens a row, and the cache that holds them."""
+        """Returns the normed stream of S new tokens a row, and the cache that holds them.
+
+        Rotary positions are the slots in the cache, unless others are given.
+        """
         graph, stacked = nnx.split(self.blocks)
         x = x.astype(self.config.compute_dtype)
         keys, values = [], []
         # One array a layer, written in place where the caller donates it: a scan would copy the whole cache.
         for i in range(self.config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-            x, key, value = block.decode(x, cache.keys[i], cache.values[i], cache.length, num_dummy)
+            held = (cache.keys[i], cache.values[i], cache.length)
+            x, key, value = block.decode(x, *held, num_dummy, positions)
             keys.append(key)
             values.append(value)
         length = cache.length + x.shape[1]
@@ -305,6 +329,7 @@ class Transformer(nnx.Module):
         rows: Int[Any, "contexts"],
         num_tokens: Int[Any, "contexts"],
         num_dummy: int = 0,
+        positions: Int[jax.Array, "contexts S"] | None = None,
     ) -> KeyValueCache:
         """Returns the cache as decoding the tokens step by step would have left it, for one pass over all of them.
 
@@ -318,10 +343,12 @@ class Transformer(nnx.Module):
           num_tokens: Tokens that each row is to hold, dummies included; slots behind them hold padding until
             decoding overwrites it, and no earlier token sees them.
           num_dummy: First slots of the cache, which no token may see; the first of `x` goes behind them.
+          positions: Rotary positions; the slots in the cache if None.
         """
         graph, stacked = nnx.split(self.blocks)
         x = x.astype(self.config.compute_dtype)
-        positions = jnp.broadcast_to(num_dummy + jnp.arange(x.shape[1]), x.shape[:2])
+        if positions is None:
+            positions = jnp.broadcast_to(num_dummy + jnp.arange(x.shape[1]), x.shape[:2])
         num_kept = min(x.shape[1], cache.keys[0].shape[2] - num_dummy)
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:

@@ -153,27 +153,30 @@ def growing_policy(make, config, completion, *, first_steps, clear_context=False
 
 
 @pytest.mark.parametrize(
-    ("layout", "completion"),
+    ("layout", "completion", "changes"),
     [
-        ("return_state_action_reward", "per_episode"),
-        ("return_state_action_reward", "per_step"),
-        ("return_state_action", "per_episode"),
-        ("fused", "per_episode"),
-        ("fused", "per_step"),
+        ("return_state_action_reward", "per_episode", {}),
+        ("return_state_action_reward", "per_step", {"positions": "episode"}),
+        ("return_state_action", "per_episode", {"positions": "none", "norm": "layer"}),
+        ("state_action_reward", "per_step", {}),
+        ("fused", "per_episode", {}),
+        ("fused", "per_step", {"positions": "episode"}),
+        ("fused_without_return", "per_step", {}),
     ],
 )
-def test_actions_are_those_of_the_full_pass_over_the_chain_played(make, layout, completion):
-    config = dataclasses.replace(MODEL, layout=layout)
-    # The fused layout's cache grows thrice, from 2 steps to 4, 8 and 15, the others' once.
-    first_steps = 2 if layout == "fused" else 8
+def test_actions_are_those_of_the_full_pass_over_the_chain_played(make, layout, completion, changes):
+    config = dataclasses.replace(MODEL, layout=layout, **changes)
+    # One cache grows thrice, from 2 steps to 4, 8 and 15, the others once.
+    first_steps = 2 if (layout, completion) == ("fused", "per_episode") else 8
     actions = play(growing_policy(make, config, completion, first_steps=first_steps))
     expected = expected_actions(make, config, played_chains(actions, completion), NUM_STEPS)
     # float32 through two layers, with other orders of sums.
     np.testing.assert_allclose(actions, expected, atol=1e-4)
     # What the tolerance is to tell apart: a full pass in which the past is another.
     moved = [dataclasses.replace(c, completion=1 - c.completion) for c in played_chains(actions, completion)]
-    if layout != "return_state_action":
-        assert np.abs(actions - expected_actions(make, config, moved, NUM_STEPS)).max() > 0.01
+    reads_completion = layout in ("return_state_action_reward", "fused")
+    difference = np.abs(actions - expected_actions(make, config, moved, NUM_STEPS)).max()
+    assert difference > 0.01 if reads_completion else difference < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["at", "at, growing", "dt"])

@@ -149,15 +149,18 @@ def pasts(given, episodes):
 
 
 @pytest.mark.parametrize(
-    ("layout", "completion"),
+    ("layout", "completion", "positions"),
     [
-        ("return_state_action_reward", "per_episode"),
-        ("return_state_action", "per_episode"),
-        ("fused", "per_step"),
+        ("return_state_action_reward", "per_episode", "episode"),
+        ("return_state_action", "per_episode", "context"),
+        ("fused", "per_step", "context"),
+        ("fused_without_return", "per_step", "episode"),
     ],
 )
-def test_actions_after_given_trajectories_are_those_of_the_full_pass(make, make_policy, layout, completion):
-    config = dataclasses.replace(MODEL, layout=layout)
+def test_actions_after_given_trajectories_are_those_of_the_full_pass(
+    make, make_policy, layout, completion, positions
+):
+    config = dataclasses.replace(MODEL, layout=layout, positions=positions)
     policy = make_policy(config, completion=completion)
     _, episodes = play(policy, [chain_of(g, completion) for g in GIVEN])
     assert deviation(make, config, pasts(GIVEN, episodes), episodes, completion) < TOLERANCE
@@ -165,7 +168,7 @@ def test_actions_after_given_trajectories_are_those_of_the_full_pass(make, make_
     assert deviation(make, config, pasts(GIVEN[::-1], episodes), episodes, completion) > 0.1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["return_state_action_reward", "return_state_action", "fused"])
 def test_a_pass_leaves_what_decoding_step_by_step_leaves(make_policy, layout):
     config = dataclasses.replace(MODEL, layout=layout)
     chains = [chain_of(g) for g in GIVEN]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.trajectory_model import ActionDistribution, TrajectoryModel, action_loss
-from bpt_rl.types import LAYOUTS, PackedBatch
+from bpt_rl.types import LAYOUTS, WITHOUT_RETURN, PackedBatch
 
 CONFIG = ModelConfig(
     embed_dim=16,
@@ -26,6 +26,7 @@ CONFIG = ModelConfig(
 )
 OBSERVED = ("observation", "return_to_go")
 OUTCOME = ("action", "reward", "completion")
+CONDITIONED = [layout for layout in LAYOUTS if layout not in WITHOUT_RETURN]
 FIRST, SECOND = slice(0, 7), slice(7, 11)
 """Steps of the two chains in the packed row of twelve."""
 
@@ -137,13 +138,15 @@ def test_action_depends_on_the_past_of_its_chain_and_on_nothing_else(make, layou
             # Everything that observation_t follows, and of step t itself what is known before its action.
             is_known = np.zeros((3, 12), bool)
             is_known[0, start : t + (name in OBSERVED)] = True
-            if layout == "return_state_action" and name in ("reward", "completion"):
+            unread = ("reward", "completion") if layout == "return_state_action" else ()
+            unread = ("return_to_go", "completion") if layout in WITHOUT_RETURN else unread
+            if name in unread:
                 is_known[:] = False
             depends = gradient[name].reshape(3, 12, -1).any(axis=-1)
             np.testing.assert_array_equal(depends, is_known, err_msg=f"{name} for action {t}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONDITIONED)
 def test_chains_packed_in_one_row_are_as_if_alone(make, layout):
     model = make(layout)
     packed, alone = run(model, PACKED), run(model, ONE_A_ROW)
@@ -155,7 +158,7 @@ def test_chains_packed_in_one_row_are_as_if_alone(make, layout):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONDITIONED)
 def test_what_stands_in_another_chain_changes_nothing(make, layout):
     model = make(layout)
     packed = run(model, PACKED)
@@ -170,7 +173,7 @@ def test_what_stands_in_another_chain_changes_nothing(make, layout):
         assert np.abs(got.mean[0, other] - packed.mean[0, other]).max() > 0.01
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONDITIONED)
 def test_padding_does_not_train_whatever_stands_there(make, layout, assert_unmoved):
     model = make(layout)
     expected = run(model, PACKED)
@@ -209,7 +212,7 @@ def test_chunks_and_remat_change_neither_loss_nor_gradients(make):
         np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * np.abs(e).max())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CONDITIONED)
 def test_rows_of_one_chain_need_no_segment_ids(make, layout):
     expected, got = run(make(layout), ONE_A_ROW), run(make(layout), ONE_A_ROW._replace(segment_ids=None))
     # Padding, which does not count, may now see the chain before it: only what XLA fuses differs, which on a GPU is
@@ -233,7 +236,9 @@ def test_tokens_of_a_step_stand_together_in_the_order_of_the_layout(make):
             "completion": 15,
         },
         "return_state_action": {"return_to_go": 9, "observation": 10, "action": 11},
+        "state_action_reward": {"observation": 9, "action": 10, "reward": 11},
         "fused": {"return_to_go": 3, "observation": 3, "action": 4, "reward": 4, "completion": 4},
+        "fused_without_return": {"observation": 3, "action": 4, "reward": 4},
     }
     for layout, places in carriers.items():
         model = make(layout)
@@ -250,6 +255,36 @@ def test_tokens_of_a_step_stand_together_in_the_order_of_the_layout(make):
             moved = np.abs(np.asarray(embed(*model, changed)) - before).max(axis=-1) > 1e-6
             own = range(3 * LAYOUTS[layout], 4 * LAYOUTS[layout])
             np.testing.assert_array_equal(np.argwhere(moved), [[0, s] for s in own])
+
+
+def test_positions_count_the_context_or_the_episode_or_nothing(make):
+    # Through one layer, the order of past tokens shows in their positions alone.
+    swapped = jax.tree.map(np.copy, ONE_A_ROW)
+    for values in swapped:
+        values[1, :2] = values[1, 1::-1].copy()
+    means = {}
+    for positions in ("context", "episode", "none"):
+        model = make("return_state_action", positions=positions, num_layers=1)
+        kept, moved = (np.asarray(distribution(*model, batch).mean)[1] for batch in (ONE_A_ROW, swapped))
+        follows_the_context = np.abs(kept - moved)[2:7].max() > 1e-3
+        assert follows_the_context == (positions == "context")
+        means[positions] = kept
+    # Both counts are one within the first episode.
+    np.testing.assert_allclose(means["context"][:5], means["episode"][:5], atol=1e-5)
+    assert np.abs(means["context"] - means["episode"])[5:7].max() > 1e-3
+    assert np.abs(means["none"] - means["episode"])[1:5].max() > 1e-3
+
+
+def test_layer_norm_takes_away_the_mean_that_the_root_mean_square_keeps(make):
+    for norm, is_kept in (("rms", True), ("layer", False)):
+        graph, params = make("fused", norm=norm)
+        assert all(
+            ("bias" in params["transformer"]["blocks"][f"{part}_norm"]) == (norm == "layer")
+            for part in ("attention", "feedforward")
+        )
+        raised = params | {"embed_step": {"embedding": params["embed_step"]["embedding"] + 1}}
+        before, after = (np.asarray(embed(graph, p, PACKED)) for p in (params, raised))
+        assert (np.abs(after - before).max() > 0.01) == is_kept
 
 
 def test_episodes_beyond_the_embedding_share_its_last_entry(make):
