@@ -1,5 +1,6 @@
 """Drawing batches of chains: batch k depends on the seed and on k alone."""
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -43,7 +44,8 @@ class ChainSampler:
             rows cannot be shared equally; or if the place asked for has no room.
         """
         self._config = config
-        self._seed = seed
+        self.seed = seed
+        """Of the drawing."""
         self._returns = store.returns(config.task)
         self._lengths = np.asarray(store.lengths)
         ascending = np.argsort(self._returns, kind="stable")
@@ -88,6 +90,12 @@ class ChainSampler:
                 "Use a shorter window."
             )
 
+    def with_seed(self, seed: int) -> "ChainSampler":
+        """Returns the sampler that draws with another seed, from the same episodes in the same memory."""
+        other = copy.copy(self)
+        other.seed, other._place = seed, self._place
+        return other
+
     @functools.cached_property
     def _place(self) -> Gatherer:
         return open_place(self.choice.place, self._source)
@@ -98,7 +106,7 @@ class ChainSampler:
 
     def plan(self, index: int) -> BatchPlan:
         """Returns what this process's rows of batch `index` are made of."""
-        config, generator = self._config, np.random.default_rng([self._seed, index])
+        config, generator = self._config, np.random.default_rng([self.seed, index])
         drawn = np.array([self._draw(generator) for _ in range(config.batch_size)])
         order = self._returns[drawn[:, 0]].argsort(axis=1, kind="stable")
         chain = np.arange(config.batch_size)[:, None]

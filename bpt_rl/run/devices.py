@@ -41,6 +41,11 @@ class Device:
         host = None if self.host_memory is None else max(0, self.host_memory - host_bytes)
         return dataclasses.replace(self, memory=max(0, self.memory - device_bytes), host_memory=host)
 
+    def share(self, num_shares: int) -> "Device":
+        """Returns one of so many equal shares of the device and of its host."""
+        host = None if self.host_memory is None else self.host_memory // num_shares
+        return dataclasses.replace(self, memory=self.memory // num_shares, host_memory=host)
+
 
 H100 = Device(
     name="NVIDIA H100 80GB HBM3",

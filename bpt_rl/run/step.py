@@ -11,6 +11,7 @@ import optax
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.config import OptimizerConfig
 from bpt_rl.nn.working_copy import narrowed, slots_of, with_slots
+from bpt_rl.run.seed_axis import over_seeds, shapes_over_seeds
 from bpt_rl.types import PackedBatch
 
 Metrics = dict[str, jax.Array]
@@ -169,6 +170,7 @@ def compile_step(
     *,
     kernel_dtype: str = "float32",
     make_batch: Callable[[Any], PackedBatch] = lambda batch: batch,
+    num_seeds: int = 1,
 ) -> CompiledStep:
     """Returns the gradient step that training and benchmarks run.
 
@@ -182,19 +184,26 @@ def compile_step(
       key: As for `train_step`.
       kernel_dtype: Type in which the layers compute (`model.compute_dtype`): that of a working copy's kernels.
       make_batch: Makes the batch of inputs, in the same program.
+      num_seeds: States, batches and keys of several are stacked (`bpt_rl.run.seed_axis`), and the state lies on the
+        device.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config)
 
-    def whole(state: TrainState, inputs: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
-        next_state, metrics = train_step(agent, optimizer, state, make_batch(inputs), key)
+    def one(state: TrainState, batch: PackedBatch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        next_state, metrics = train_step(agent, optimizer, state, batch, key)
         return next_state, metrics | {"learning_rate": schedule(state.step)}
+
+    def whole(states: TrainState, inputs: Any, keys: jax.Array) -> tuple[TrainState, Metrics]:
+        stepped: tuple[TrainState, Metrics] = over_seeds(one, num_seeds)(states, make_batch(inputs), keys)
+        return stepped
 
     def gradient(working: Params, step: jax.Array, inputs: Any, key: jax.Array) -> tuple[Params, Metrics]:
         return step_gradient(agent, working, make_batch(inputs), jax.random.fold_in(key, step))
 
     if config.place == "device":
-        return CompiledStep((jax.jit(whole, donate_argnums=0).lower(shapes, inputs, key).compile(),))
+        states = shapes_over_seeds(shapes, num_seeds)
+        return CompiledStep((jax.jit(whole, donate_argnums=0).lower(states, inputs, key).compile(),))
     copy, update = _lowered_transfers(config, shapes, kernel_dtype)
     lowered = (copy, jax.jit(gradient).lower(copy.out_info, shapes.step, inputs, key), update)
     return CompiledStep(tuple(program.compile() for program in lowered))

@@ -4,8 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +20,9 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.datasets.transitions import TransitionDraw, Transitions, check_room, load_transitions, num_bytes
 from bpt_rl.run import records
 from bpt_rl.run.checkpoint import Checkpoints
-from bpt_rl.run.continuation import check_continuation, flat, write_description
-from bpt_rl.run.loggers import Log, open_loggers
-from bpt_rl.run.train import Announce, Progress
+from bpt_rl.run.continuation import flat
+from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
+from bpt_rl.run.seed_axis import numbers, over_seeds, split, stacked
 from bpt_rl.td_config import TD_AGENTS, TDAgentName
 from bpt_rl.types import DataStatistics
 
@@ -33,20 +32,20 @@ Metrics = dict[str, jax.Array]
 
 
 def train_td(
-    config: TrainConfig,
+    configs: Sequence[TrainConfig],
     report_progress: Progress | None = None,
     *,
     announce: Announce | None = None,
     command: str = "",
-) -> records.RunFolder:
-    """Trains to `td.num_updates` gradient steps, going on from the newest checkpoint of the run folder.
+) -> list[records.RunFolder]:
+    """Trains runs to `td.num_updates` gradient steps, all at once, going on from their newest checkpoints.
 
     A compiled call makes the gradient steps up to the next line of metrics or the next checkpoint; the line has their
     means. What a step draws depends on the seed and its number alone, so that a run that was interrupted and called
     again ends with the parameters of an uninterrupted one, bit for bit on the CPU.
 
     Args:
-      config: Of the run; `agent` is one of `TD_AGENTS`.
+      configs: Of the runs, as `bpt_rl.run.train_seeds` takes them; `agent` is one of `TD_AGENTS`.
       report_progress: Told of every call, once its metrics are known to be finite.
       announce: Told what the transitions take.
       command: Command line that repeats this, for the record.
@@ -56,31 +55,31 @@ def train_td(
       ValueError: If configuration, store and run folder do not fit together, or transitions do not fit the device.
       FloatingPointError: If a loss or a network stops being finite.
     """
+    config = configs[0]
     _check_settings(config)
-    folder = records.RunFolder(Path(config.run))
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store.open(config.data.store))
         # Whatever is wrong with configuration or data shows before there is a run folder.
         statistics = store.statistics(config.data.task)
         check_room(store)
         learner = _learner(config, statistics)
-        saved = stack.enter_context(Checkpoints(folder.checkpoints_path, config.keep_checkpoints))
-        check_continuation(config, folder, store.digest, saved.latest_step)
-        start = saved.latest_step or 0
         choice = Choice(place="accelerator", num_bytes=num_bytes(store), reason="as transitions")
         facts = {"command": command, "data": dataclasses.asdict(choice)}
-        write_description(config, folder, dataclasses.asdict(statistics), start, facts)
+        runs = open_runs(stack, configs, statistics, facts)
         if announce:
             announce(f"Transitions lie on the device: {choice.num_bytes / 2**20:.3g} MiB.")
-        transitions = load_transitions(store, config.data.task) if start < config.td.num_updates else None
-        ledger = _Ledger(config, saved, stack.enter_context(open_loggers(config, folder)), report_progress)
-        state = _state_at(start, learner, config, saved)
-        for step, reached, metrics in _calls(config, learner, state, transitions, start):
-            ledger.add(step, metrics)
-            if step % config.checkpoint_every == 0 or step == config.td.num_updates:
-                ledger.settle()
-                saved.save(step, reached)
-    return folder
+        transitions: Transitions | None = None
+        for together, start, stop in legs(runs, config.td.num_updates):
+            if transitions is None:
+                transitions = load_transitions(store, config.data.task)
+            ledger = _Ledger(together, start, report_progress)
+            for step, states, metrics in _calls(learner, together, transitions, start, stop):
+                ledger.add(step, metrics)
+                if step % config.checkpoint_every == 0 or step == stop:
+                    ledger.settle()
+                    for run, state in zip(together, split(states, len(together)), strict=True):
+                        run.saved.save(step, state)
+    return [run.folder for run in runs]
 
 
 def restore_learner(folder: records.RunFolder) -> tuple[OfflineLearner, Any, int]:
@@ -143,39 +142,52 @@ def make_updates(
     return state, means | {"state_norm": optax.tree.norm(floats)}
 
 
-def compile_updates(learner: OfflineLearner, draw: TransitionDraw) -> Callable[..., tuple[Any, Metrics]]:
-    """Returns `make_updates` of them, compiled once for each `num_updates`; the state it is given is gone."""
-    run = functools.partial(make_updates, learner, draw)
+def compile_updates(
+    learner: OfflineLearner, draw: TransitionDraw, num_seeds: int = 1
+) -> Callable[..., tuple[Any, Metrics]]:
+    """Returns `make_updates` of them, compiled once for each `num_updates`; the state it is given is gone.
+
+    With several seeds, states, keys and metrics are stacked (`bpt_rl.run.seed_axis`); the transitions are shared.
+    """
+
+    def run(
+        state: Any, transitions: Transitions, first: Any, *, key: jax.Array, num_updates: int
+    ) -> tuple[Any, Metrics]:
+        def one(state: Any, key: jax.Array) -> tuple[Any, Metrics]:
+            return make_updates(learner, draw, state, transitions, first, key=key, num_updates=num_updates)
+
+        ran: tuple[Any, Metrics] = over_seeds(one, num_seeds)(state, key)
+        return ran
+
     return jax.jit(run, static_argnames="num_updates", donate_argnums=0)
 
 
 def _calls(
-    config: TrainConfig, learner: OfflineLearner, state: Any, transitions: Transitions | None, start: int
+    learner: OfflineLearner, runs: Sequence[OpenRun], transitions: Transitions, start: int, stop: int
 ) -> Iterator[tuple[int, Any, Metrics]]:
-    """Yields steps done, state and metrics of each compiled call as soon as it is dispatched."""
-    td = config.td
+    """Yields steps done, states and metrics of each compiled call as soon as it is dispatched."""
+    config = runs[0].config
+    td, step = config.td, start
     draw = TransitionDraw(batch_size=td.batch_size, num_step_return=td.num_step_return, discount=td.discount)
-    run = compile_updates(learner, draw)
+    update = compile_updates(learner, draw, len(runs))
+    state = stacked([_state_at(start, learner, run) for run in runs])
     # Parameters are drawn with the seed's key itself.
-    key, step = jax.random.fold_in(jax.random.key(config.seed), 1), start
-    while step < td.num_updates:
-        stops = (step + every - step % every for every in (config.log_every, config.checkpoint_every))
-        stop = min(td.num_updates, *stops)
-        state, metrics = run(state, transitions, np.int32(step), key=key, num_updates=stop - step)
-        step = stop
+    key = stacked([jax.random.fold_in(jax.random.key(run.config.seed), 1) for run in runs])
+    while step < stop:
+        ends = (step + every - step % every for every in (config.log_every, config.checkpoint_every))
+        end = min(stop, *ends)
+        state, metrics = update(state, transitions, np.int32(step), key=key, num_updates=end - step)
+        step = end
         yield step, state, metrics
 
 
 class _Ledger:
     """Checks, logs and reports calls in order, one behind the device, which so never waits for the host."""
 
-    def __init__(
-        self, config: TrainConfig, saved: Checkpoints, log: Log, report_progress: Progress | None
-    ) -> None:
-        self._config, self._saved = config, saved
-        self._log, self._report_progress = log, report_progress
+    def __init__(self, runs: Sequence[OpenRun], start: int, report_progress: Progress | None) -> None:
+        self._runs, self._report_progress = runs, report_progress
         self._pending: list[tuple[int, Metrics]] = []
-        self._began, self._last_step = time.perf_counter(), saved.latest_step or 0
+        self._began, self._last_step = time.perf_counter(), start
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a call that may still be running; settles the one before it."""
@@ -185,25 +197,26 @@ class _Ledger:
     def settle(self) -> None:
         """Waits for the metrics taken; checks, logs and reports them."""
         for step, metrics in self._pending:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = numbers(metrics, len(self._runs))
             self._check_finite(step, values)
             now = time.perf_counter()
-            values["updates_per_second"] = (step - self._last_step) / (now - self._began)
+            speed = {"updates_per_second": (step - self._last_step) / (now - self._began)}
             self._began, self._last_step = now, step
-            self._log({"step": step, **values})
+            for run, own in zip(self._runs, values, strict=True):
+                run.log({"step": step, **own, **speed})
             if self._report_progress:
-                self._report_progress(step, self._config.td.num_updates, values)
+                num_updates = self._runs[0].config.td.num_updates
+                self._report_progress(step, num_updates, means(values) | speed)
         self._pending = []
 
-    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"Losses and networks must stay finite; got {bad[0]} {values[bad[0]]} between steps "
-                f"{self._last_step} and {step}. Last good checkpoint: step {self._saved.latest_step or 'none'} in "
-                f"{records.RunFolder(Path(self._config.run)).checkpoints_path}. Lower td.learning_rate or check the "
-                "data with `bpt-rl data verify`."
-            )
+    def _check_finite(self, step: int, values: Sequence[Mapping[str, float]]) -> None:
+        for run, own in zip(self._runs, values, strict=True):
+            if bad := run.first_bad(own):
+                raise FloatingPointError(
+                    f"Losses and networks must stay finite; got {bad} between steps {self._last_step} and {step}. "
+                    f"Last good checkpoint: {run.last_good}. Lower td.learning_rate or check the data with "
+                    "`bpt-rl data verify`."
+                )
 
 
 def _learner(config: TrainConfig, statistics: DataStatistics) -> OfflineLearner:
@@ -211,9 +224,11 @@ def _learner(config: TrainConfig, statistics: DataStatistics) -> OfflineLearner:
     return make_learner(name, config.td, statistics.observation_dim, statistics.action_dim)
 
 
-def _state_at(start: int, learner: OfflineLearner, config: TrainConfig, saved: Checkpoints) -> Any:
-    key = jax.random.key(config.seed)
-    return saved.restore(start, jax.eval_shape(learner.init, key)) if start else jax.jit(learner.init)(key)
+def _state_at(start: int, learner: OfflineLearner, run: OpenRun) -> Any:
+    key = jax.random.key(run.config.seed)
+    return (
+        run.saved.restore(start, jax.eval_shape(learner.init, key)) if start else jax.jit(learner.init)(key)
+    )
 
 
 def _check_settings(config: TrainConfig) -> None:

@@ -15,8 +15,10 @@ from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.open_runs import OpenRun
 from bpt_rl.run.step import init_state, make_optimizer, make_schedule, train_step
-from bpt_rl.run.train import Ledger, train
+from bpt_rl.run.train import train
+from bpt_rl.run.train_chains import Ledger
 from bpt_rl.types import PackedBatch
 
 STEPS = OptimizerConfig(num_steps=8, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, clip_norm=5.0)
@@ -211,7 +213,7 @@ def test_nothing_that_is_not_finite_is_ever_saved(tiny, tmp_path):
     broken = {"agent": "bc", "learning_rate": 1e38, "warmup_steps": 5}
     config = tiny(tmp_path / "bc", checkpoint_every=1, **broken)
     message = (
-        r"must stay finite; got \w+ \w+ at step 2, batch index 1\. "
+        r"must stay finite; got \w+ \w+ with seed 0 at step 2, batch index 1\. "
         r"Last good checkpoint: step 1 in .*checkpoints\. Lower optimizer\.learning_rate"
     )
     for _ in range(2):
@@ -235,9 +237,8 @@ def test_a_place_without_room_is_refused_before_a_folder_is_made(tiny, tmp_path,
 def test_the_ledger_is_one_step_behind_until_it_is_settled(tiny, tmp_path):
     lines, reported = [], []
     with Checkpoints(tmp_path) as saved:
-        ledger = Ledger(
-            tiny(tmp_path, log_every=2), 10, saved, lines.append, lambda *told: reported.append(told)
-        )
+        run = OpenRun(config=tiny(tmp_path, log_every=2), saved=saved, log=lines.append)
+        ledger = Ledger([run], 10, lambda *told: reported.append(told))
         for step in (1, 2, 3):
             assert [told[:2] for told in reported] == [(k, 6) for k in range(1, step - 1)]
             ledger.add(step, {"loss": jax.numpy.float32(step)})
@@ -246,7 +247,7 @@ def test_the_ledger_is_one_step_behind_until_it_is_settled(tiny, tmp_path):
         ledger.settle()
         assert [(told[0], told[2]["loss"]) for told in reported] == [(1, 1.0), (2, 2.0), (3, 3.0)]
         ledger.add(4, {"loss": jax.numpy.float32(np.nan)})
-        with pytest.raises(FloatingPointError, match="got loss nan at step 4"):
+        with pytest.raises(FloatingPointError, match="got loss nan with seed 0 at step 4"):
             ledger.add(5, {"loss": jax.numpy.float32(0)})
         assert ([line["step"] for line in lines], len(reported)) == ([2], 3)
 

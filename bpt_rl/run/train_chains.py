@@ -1,0 +1,242 @@
+"""Training of the agents that learn from chains: the loop that feeds, logs and checkpoints a gradient step."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from bpt_rl.agents.base import Agent
+from bpt_rl.agents.registry import make_agent
+from bpt_rl.config import Activations, TrainConfig
+from bpt_rl.datasets.sampling import ChainSampler, batches
+from bpt_rl.datasets.store import Store
+from bpt_rl.run import records
+from bpt_rl.run.activations import choose_activations
+from bpt_rl.run.devices import Device, this_device
+from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
+from bpt_rl.run.out_of_memory import MemoryWatch
+from bpt_rl.run.plan import Rows
+from bpt_rl.run.seed_axis import numbers, split, stacked
+from bpt_rl.run.step import (
+    CompiledStep,
+    TrainState,
+    compile_step,
+    init_state,
+    make_optimizer,
+    placed_state,
+    state_layout,
+)
+from bpt_rl.td_config import TDConfig
+from bpt_rl.types import DataStatistics, PackedBatch
+
+
+def train_chains(
+    configs: Sequence[TrainConfig],
+    report_progress: Progress | None = None,
+    *,
+    announce: Announce | None = None,
+    command: str = "",
+) -> list[records.RunFolder]:
+    """Trains runs to `optimizer.num_steps` gradient steps, all at once, going on from their newest checkpoints.
+
+    Batch k of a run depends on its seed and k alone, so that a run that was interrupted at any step and called again
+    ends with the parameters of an uninterrupted one, bit for bit on the CPU.
+
+    Args:
+      configs: Of the runs, as `bpt_rl.run.train_seeds` takes them.
+      report_progress: Told of every gradient step, once its metrics are known to be finite.
+      announce: Told where the episodes are kept and what layers keep, and why.
+      command: Command line that repeats this, for the record.
+
+    Raises:
+      FileNotFoundError: If the store does not exist.
+      ValueError: If configuration, store and run folder do not fit together.
+      FloatingPointError: If loss, gradient or parameters stop being finite.
+      OutOfMemoryError: If a step does not fit the device.
+    """
+    config = configs[0]
+    _check_settings(config, len(configs))
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(config.data.store))
+        # Whatever is wrong with configuration or data shows before there is a run folder.
+        statistics = store.statistics(config.data.task)
+        sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
+        rows = _rows_of(sampler, statistics)
+        # To each seed its share: a step takes as much for every seed.
+        device = _device_beside(sampler).share(len(configs))
+        choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(config))
+        watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
+        watch.refuse_what_is_far_beyond()
+        facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        has_layers = config.agent != "bc"
+        if has_layers:
+            facts["activations"] = dataclasses.asdict(choice)
+        runs = open_runs(stack, configs, statistics, facts)
+        if announce:
+            announce(f"Episodes are kept in place {sampler.choice}.")
+        if announce and has_layers:
+            announce(f"Activations: {choice}.")
+        agent = make_agent(watch.config, statistics)
+        for together, start, stop in legs(runs, config.optimizer.num_steps):
+            with watch.over("making the parameters"):
+                state = stacked([_state_at(start, agent, run) for run in together])
+            tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
+            ledger = Ledger(together, tokens, report_progress)
+            samplers = [sampler.with_seed(run.config.seed) for run in together]
+            for step, reached, metrics in _steps(agent, state, samplers, watch, range(start, stop)):
+                # Memory may run out in a step that is only waited for here.
+                with watch.over(f"in step {step - 1}"):
+                    ledger.settle()
+                ledger.add(step, metrics)
+                if step % config.checkpoint_every == 0 or step == stop:
+                    with watch.over(f"in step {step}"):
+                        ledger.settle()
+                        for run, own in zip(together, split(reached, len(together)), strict=True):
+                            run.saved.save(step, own)
+    return [run.folder for run in runs]
+
+
+def _check_settings(config: TrainConfig, num_seeds: int) -> None:
+    if config.td != TDConfig():
+        raise ValueError(
+            f"Only agents that learn from single transitions read td.*; got agent {config.agent!r} and {config.td}. "
+            "Leave td.* out, or name another agent."
+        )
+    if num_seeds > 1 and config.optimizer.place == "host":
+        raise ValueError(
+            "Seeds that are trained at once keep their parameters on the device; got optimizer.place 'host' and "
+            f"{num_seeds} seeds. Train them one after another, or leave optimizer.place out."
+        )
+
+
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics) -> Rows:
+    return Rows(
+        statistics=statistics,
+        num_rows=sampler.num_rows,
+        context_length=sampler.context_length,
+        is_one_chain_a_row=sampler.is_one_chain_a_row,
+    )
+
+
+def _state_at(start: int, agent: Agent, run: OpenRun) -> TrainState:
+    """Returns a run's state after `start` steps, each array in its place; never two of them at once."""
+    optimizer, seed = run.config.optimizer, run.config.seed
+    if not start:
+        return placed_state(agent, optimizer, seed)
+    shapes = jax.eval_shape(lambda: init_state(agent, make_optimizer(optimizer), seed))
+    state: TrainState = run.saved.restore(start, state_layout(shapes, optimizer))
+    return state
+
+
+def _device_beside(sampler: ChainSampler) -> Device:
+    """Returns the device that training has beside the episodes."""
+    taken = sampler.choice.num_bytes
+    device_bytes = taken if sampler.choice.place == "accelerator" else 0
+    host_bytes = taken if sampler.choice.place == "host" else 0
+    return this_device().less(device_bytes=device_bytes, host_bytes=host_bytes)
+
+
+def _recorded_activations(config: TrainConfig) -> Activations | None:
+    """Returns what layers kept in the run so far; None if it begins or did not say."""
+    folder = records.RunFolder(Path(config.run))
+    if not (folder.path / "versions.json").is_file():
+        return None
+    recorded: Activations | None = folder.versions().get("activations", {}).get("activations")
+    return recorded
+
+
+def _steps(
+    agent: Agent, state: TrainState, samplers: Sequence[ChainSampler], watch: MemoryWatch, steps: range
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
+    num_seeds = len(samplers)
+
+    def make_batch(inputs: tuple[tuple[PackedBatch, ...], ...]) -> PackedBatch:
+        """Stacks each seed's micro-batches, and the seeds' batches."""
+        stack = functools.partial(jax.tree.map, lambda *arrays: jnp.stack(arrays))
+        batch: PackedBatch = stacked([stack(*micro_batches) for micro_batches in zip(*inputs, strict=True)])
+        return batch._replace(segment_ids=None) if samplers[0].is_one_chain_a_row else batch
+
+    config, accumulation = watch.config.optimizer, watch.config.optimizer.accumulation
+    key = stacked([jax.random.key(sampler.seed) for sampler in samplers])
+    compiled: CompiledStep | None = None
+    every = (batches(sampler, steps.start * accumulation, steps.stop * accumulation) for sampler in samplers)
+    source = zip(*every, strict=True)
+    for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
+        if compiled is None:
+            with watch.over("compiling the step"):
+                compiled = compile_step(
+                    agent,
+                    config,
+                    inputs,
+                    key,
+                    kernel_dtype=watch.config.model.compute_dtype,
+                    make_batch=make_batch,
+                    num_seeds=num_seeds,
+                )
+        with watch.over(f"in step {step}"):
+            state, metrics = compiled(state, inputs, key)
+        yield step, state, metrics
+
+
+class Ledger:
+    """Checks, logs and reports steps in order, one behind the device, which so never waits for the host."""
+
+    def __init__(self, runs: Sequence[OpenRun], tokens: int, report_progress: Progress | None) -> None:
+        """Starts the clock.
+
+        Args:
+          runs: Trained together; each takes a line every `log_every` steps.
+          tokens: Of a gradient step of one of them.
+          report_progress: Told of every step.
+        """
+        self._runs = runs
+        self._tokens = tokens
+        self._report_progress = report_progress
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._began, self._steps_since = time.perf_counter(), 0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that may still be running; settles those before it."""
+        self.settle()
+        self._pending = [(step, metrics)]
+
+    def settle(self) -> None:
+        """Waits for the metrics taken; checks, logs and reports them.
+
+        Raises:
+          FloatingPointError: If one is not finite.
+        """
+        for step, metrics in self._pending:
+            values = numbers(metrics, len(self._runs))
+            self._check_finite(step, values)
+            self._steps_since += 1
+            config = self._runs[0].config
+            speed: dict[str, float] = {}
+            if step % config.log_every == 0 or step == config.optimizer.num_steps:
+                speed = {"tokens": float(step * self._tokens), "tokens_per_second": self._speed()}
+                for run, own in zip(self._runs, values, strict=True):
+                    run.log({"step": step, **own, **speed})
+            if self._report_progress:
+                self._report_progress(step, config.optimizer.num_steps, means(values) | speed)
+        self._pending = []
+
+    def _speed(self) -> float:
+        now = time.perf_counter()
+        speed = self._steps_since * self._tokens / (now - self._began)
+        self._began, self._steps_since = now, 0
+        return speed
+
+    def _check_finite(self, step: int, values: Sequence[Mapping[str, float]]) -> None:
+        for run, own in zip(self._runs, values, strict=True):
+            if bad := run.first_bad(own):
+                raise FloatingPointError(
+                    f"Loss, gradient and parameters must stay finite; got {bad} at step {step}, batch index "
+                    f"{step - 1}. Last good checkpoint: {run.last_good}. Lower optimizer.learning_rate or check the "
+                    "data with `bpt-rl data verify`."
+                )
