@@ -18,6 +18,8 @@ Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 FullContext = Literal["refuse", "drop_oldest"]
 ContextOrder = Literal["none", "ascending", "shuffled", "random", "best", "worst"]
+Draw = Literal["uniform", "by_length", "return_stratified", "without_replacement", "consecutive"]
+Relabel = Literal["chain_maximum", "own_return", "expected_return"]
 Place = Literal["auto", "accelerator", "host", "stream"]
 
 
@@ -111,29 +113,60 @@ class DataConfig:
     task: str = "walker_run"
     """Task whose relabelled reward is used; the store must hold it."""
     num_trajectories: int = 4
-    """Trajectories a chain (n): exactly so many in training, and by default at evaluation."""
-    draw: Literal["uniform", "return_stratified"] = "uniform"
-    """How a chain's trajectories are drawn: all alike, or one from each of n equal bands of return."""
+    """Trajectories a chain (n): exactly so many in training, if there is no mixture, and by default at evaluation."""
+    mixture: tuple[int, ...] = ()
+    """Numbers of trajectories a chain that training mixes, num_trajectories the largest: a row's number is drawn, all
+    alike, and the row is filled with chains of so many, so that each number gets its share of the steps. None trains on
+    num_trajectories alone."""
+    draw: Draw = "uniform"
+    """How a chain's trajectories are drawn, no episode twice. uniform: all alike; by_length: in proportion to their
+    steps; return_stratified: one from each of n equal bands of return; without_replacement: all alike, none again
+    before the others; consecutive: a stretch of one collector's episodes, in the order of collection."""
+    stride: int = 1
+    """With draw = consecutive: episodes from one of the stretch to the next."""
+    collectors: tuple[str, ...] = ()
+    """Sources of the store's episodes that may be drawn, like walker/rnd; none means all."""
     top_fraction: float = 1.0
     """Fraction of the episodes, best by return first, that may be drawn; 0.1 for BC-10%."""
-    relabel: Literal["chain_maximum", "own_return"] = "chain_maximum"
-    """Target return of a trajectory: the largest of its chain (the paper), or its own (control)."""
+    order: Literal["ascending", "collected", "shuffled"] = "ascending"
+    """Order of a chain's trajectories: ascending by return (the paper), as collected, or random."""
+    relabel: Relabel = "chain_maximum"
+    """Return asked of a trajectory: the largest of its chain (the paper), or its own (control). expected_return: of
+    each step, its reward and what a learnt value function expects from the next state on, in place of what came."""
     completion: Literal["per_episode", "per_step"] = "per_episode"
     """Completion flag on the last step of an episode that reached the target, or on each step from there."""
     loss_on: Literal["all", "last"] = "all"
     """Trajectories of a chain whose actions are predicted."""
     window: int = 0
     """Steps of the sub-trajectory cut from each trajectory; 0 for whole trajectories."""
+    window_start: Literal["inside", "anywhere"] = "inside"
+    """First step of a window: any that leaves it whole, or any at all, all alike; it then ends with its episode at
+    the latest (the Decision Transformer)."""
     batch_size: int = 16
-    """Chains a batch, before packing."""
+    """Chains a batch, before packing; of a mixture, as many rows as chains of num_trajectories need."""
     context_length: int = 0
     """Tokens a row of the packed batch; 0 for exactly one chain of the longest trajectories."""
     place: Place = "auto"
     """Where episodes are kept: on the accelerator, in host memory, or in the store and streamed; auto goes by size."""
 
     def __post_init__(self) -> None:
-        positive(self, "num_trajectories", "batch_size")
+        positive(self, "num_trajectories", "batch_size", "stride")
         not_negative(self, "window", "context_length")
+        if self.mixture and (min(self.mixture) < 1 or max(self.mixture) != self.num_trajectories):
+            raise ValueError(
+                f"num_trajectories must be the largest number of the mixture, and all positive; got "
+                f"{self.num_trajectories} and {', '.join(map(str, self.mixture))}. Set num_trajectories to the largest."
+            )
+        if self.mixture and self.draw == "without_replacement":
+            raise ValueError(
+                "Chains drawn without replacement must all be of one size; got a mixture of "
+                f"{', '.join(map(str, self.mixture))}. Draw uniform, or leave the mixture out."
+            )
+        if self.stride != 1 and self.draw != "consecutive":
+            raise ValueError(
+                f"Only consecutive episodes have a stride; got stride {self.stride} and draw {self.draw!r}. Set draw "
+                "to consecutive, or stride to 1."
+            )
         if not 0 < self.top_fraction <= 1:
             raise ValueError(f"top_fraction must lie in (0, 1]; got {self.top_fraction}. 1 keeps all.")
 

@@ -16,10 +16,12 @@ from bpt_rl.datasets.packing import first_fit
 from bpt_rl.types import PackedBatch
 
 COLUMNS = ("observation", "action", "reward", "collected")
-"""Of every episode, [T1, ...] float32; collected[t] is the reward of the steps before t (`collected_returns`)."""
+"""Of every episode, [T1, ...] float32; collected[t] is the reward of the steps before t (`collected_returns`).
+
+There may be one more, `expected`: returns-to-go that stand in place of the target less what was collected."""
 
 Columns = Mapping[str, Any]
-"""Each of `COLUMNS`: one array of all episodes, [E, T1, ...], or on the host a sequence of theirs, [T1, ...]."""
+"""Each of them: one array of all episodes, [E, T1, ...], or on the host a sequence of theirs, [T1, ...]."""
 
 
 class BatchPlan(NamedTuple):
@@ -52,16 +54,16 @@ class BatchPlan(NamedTuple):
     @classmethod
     def of_rows(
         cls,
-        whole: Int[np.ndarray, "8 C N"],
-        real: Float32[np.ndarray, "3 C N"],
+        whole: Int[np.ndarray, "8 *slots"],
+        real: Float32[np.ndarray, "3 *slots"],
         *,
         first_row: int,
         num_rows: int,
     ) -> "BatchPlan":
-        """Returns the plan of `num_rows` rows from `first_row` on, out of that of C chains of N trajectories.
+        """Returns the plan of `num_rows` rows from `first_row` on, out of that of all of a batch's trajectories.
 
         Args:
-          whole: The fields from `row` to `flag_from`.
+          whole: The fields from `row` to `flag_from`; a row below 0 is no row.
           real: The fields from `target` on.
           first_row: Row that becomes row 0.
           num_rows: Others' entries become unused.
@@ -98,14 +100,28 @@ def place_chains(num_steps: Int[np.ndarray, "C N"], steps_per_row: int) -> Int[n
     return placed
 
 
+def fill_rows(num_steps: Int[np.ndarray, "C N"], rows: Int[np.ndarray, "R"]) -> Int[np.ndarray, "3 C N"]:
+    """Returns row, offset and segment id of each trajectory of C chains, equally many one behind another in each row.
+
+    Args:
+      num_steps: Of each trajectory, in the order of its chain.
+      rows: To be filled, a divisor of the chains in number.
+    """
+    in_row = num_steps.reshape(len(rows), -1)
+    offset = in_row.cumsum(axis=1) - in_row
+    segment_id = np.arange(in_row.shape[1]) // num_steps.shape[1] + 1
+    placed = np.array([rows[:, None] + 0 * in_row, offset, segment_id + 0 * in_row])
+    return placed.reshape(3, *num_steps.shape)
+
+
 def targets_of(returns: Float32[np.ndarray, "C N"], *, own: bool) -> Float32[np.ndarray, "2 C N"]:
-    """Returns target return and threshold of each trajectory of C chains, each ascending by return.
+    """Returns target return and threshold of each trajectory of C chains.
 
     Args:
       returns: Of the whole episodes.
       own: Ask each for its own return and not for the chain's largest.
     """
-    asked = returns if own else returns[:, -1:]
+    asked = returns if own else returns.max(axis=1, keepdims=True)
     thresholds = [[reach_threshold(target) for target in chain] for chain in asked.tolist()]
     targets = np.zeros((2, *returns.shape), np.float32)
     targets[0], targets[1] = without_subnormals(asked), thresholds
@@ -141,11 +157,15 @@ def assemble(plan: BatchPlan, columns: Columns, num_rows: int, steps_per_row: in
     step = np.arange(num_cells, dtype=np.int32) + np.repeat(plan.start - begin, sizes)
     reached = join("collected", 1) >= np.repeat(plan.threshold, sizes)
     reached &= step >= np.repeat(plan.flag_from, sizes)
+    if "expected" in columns:
+        return_to_go = join("expected", 0)
+    else:
+        return_to_go = np.repeat(plan.target, sizes) - join("collected", 0)
     flat: dict[str, np.ndarray] = {
         "observation": join("observation", 0),
         "action": join("action", 1),
         "reward": join("reward", 1),
-        "return_to_go": np.repeat(plan.target, sizes) - join("collected", 0),
+        "return_to_go": return_to_go,
         "completion": reached.astype(np.float32),
         "step": step,
         "episode": np.repeat(plan.episode, sizes),
@@ -189,11 +209,12 @@ def assemble_in_jit(
         return kept.reshape(num_rows, steps_per_row, *values.shape[1:])
 
     reached = (step >= mine.flag_from) & (cut("collected", 1) >= mine.threshold)
+    return_to_go = cut("expected", 0) if "expected" in columns else mine.target - cut("collected", 0)
     return PackedBatch(
         observation=packed(cut("observation", 0)),
         action=packed(cut("action", 1)),
         reward=packed(cut("reward", 1)),
-        return_to_go=packed(mine.target - cut("collected", 0)),
+        return_to_go=packed(return_to_go),
         completion=packed(reached.astype(jnp.float32)),
         step=packed(step),
         episode=packed(mine.episode),

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
+from bpt_rl.config import Relabel
 from bpt_rl.types import Trajectory
 
 RELATIVE_TOLERANCE = 1e-6
@@ -131,7 +132,8 @@ def build_chain(
     trajectories: Sequence[Trajectory],
     task: str,
     *,
-    relabel: Literal["chain_maximum", "own_return"] = "chain_maximum",
+    relabel: Relabel = "chain_maximum",
+    expected: Sequence[Float[np.ndarray, "_"]] | None = None,
     completion: Literal["per_episode", "per_step"] = "per_episode",
     loss_on: Literal["all", "last"] = "all",
     windows: Sequence[slice] | None = None,
@@ -143,7 +145,10 @@ def build_chain(
     Args:
       trajectories: To be ordered by `order`.
       task: Which of `Trajectory.task_reward` counts.
-      relabel: Ask every trajectory for the chain's largest return, or each for its own.
+      relabel: Ask every trajectory for the chain's largest return, or each for its own, or each step for what was
+        to be expected of it.
+      expected: With expected_return, the return-to-go of each step of each trajectory, as given; flags are then those
+        of its own return.
       completion: Flag the last step of an episode whose return reaches its target, or each step from which on
         the collected return reaches it. The flag follows the reward of its step, so it never tells the future.
       loss_on: Trajectories whose actions are to be predicted: all, or the last (best) alone.
@@ -160,10 +165,15 @@ def build_chain(
     """
     if not trajectories:
         raise ValueError("A chain must hold at least one trajectory; got none. Draw some from a store.")
-    if target_return is not None and relabel == "own_return":
+    if target_return is not None and relabel != "chain_maximum":
         raise ValueError(
-            f"relabel = own_return asks each trajectory for its own return; got target_return {target_return}. "
+            f"relabel = {relabel} asks each trajectory for its own return; got target_return {target_return}. "
             "Leave it out, or relabel by chain_maximum."
+        )
+    if (expected is not None) != (relabel == "expected_return"):
+        raise ValueError(
+            f"Expected returns-to-go are what relabel = expected_return asks for; got relabel {relabel} "
+            f"{'without' if expected is None else 'and'} expected. Give both or neither."
         )
     rewards = [_task_reward(trajectory, task) for trajectory in trajectories]
     # As the store has them: summed in float64, dummy row included, and rounded.
@@ -179,6 +189,8 @@ def build_chain(
             "episode": np.full(num_steps, episode, np.int32),
             "loss_mask": np.full(num_steps, counts, np.float32),
         }
+        if expected is not None:
+            piece["return_to_go"] = np.asarray(expected[i][:num_steps], np.float32)
         if windows is not None:
             piece = {name: array[_checked(windows[i], num_steps)] for name, array in piece.items()}
         pieces.append(piece)

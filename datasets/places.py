@@ -6,6 +6,7 @@ All three give the same batches, bit for bit: those of `chains.build_chain` and 
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,12 @@ class BatchSource:
     """B."""
     steps_per_row: int
     """T."""
+    expected_return: Path | None = None
+    """npy file of returns-to-go, float32 [episodes of the store, T1], that stand in place of what was collected."""
+
+    @functools.cached_property
+    def _expected(self) -> Float32[np.ndarray, "store T1"] | None:
+        return None if self.expected_return is None else np.load(self.expected_return, mmap_mode="r")
 
     @functools.cached_property
     def longest(self) -> int:
@@ -40,17 +47,20 @@ class BatchSource:
     @property
     def num_bytes(self) -> int:
         """Of all episodes, in memory."""
-        # Reward, and what it sums to.
-        floats_per_row = self.store.observation_dim + self.store.action_dim + 2
+        # Reward, what it sums to, and perhaps what was expected.
+        num_numbers = 2 + (self.expected_return is not None)
+        floats_per_row = self.store.observation_dim + self.store.action_dim + num_numbers
         return 4 * len(self.episodes) * self.longest * floats_per_row
 
     def columns(self) -> Iterator[tuple[str, Float32[np.ndarray, "E T1 ..."]]]:
-        """Yields name and array of each of `COLUMNS`, so that one at a time need be in memory."""
+        """Yields name and array of each column, so that one at a time need be in memory."""
         yield "observation", self._load("observation", (self.store.observation_dim,))
         yield "action", self._load("action", (self.store.action_dim,))
         reward = self._load(f"reward/{self.task}", ())
         yield "reward", reward
         yield "collected", collected_returns(reward[:, 1:])
+        if self._expected is not None:
+            yield "expected", np.array(self._expected[self.episodes, : self.longest])
 
     def _load(self, name: str, inner: tuple[int, ...]) -> Float32[np.ndarray, "E T1 ..."]:
         loaded = np.empty((len(self.episodes), self.longest, *inner), np.float32)
@@ -63,15 +73,18 @@ class BatchSource:
         return loaded
 
     def read(self, index: int) -> dict[str, Float32[np.ndarray, "T1 ..."]]:
-        """Returns `COLUMNS` of one episode, from the file."""
+        """Returns the columns of one episode, from the file."""
         episode, reward = int(self.episodes[index]), f"reward/{self.task}"
         block = self.store.block(("observation", "action", reward), episode, episode + 1)
-        return {
+        columns = {
             "observation": block["observation"][0],
             "action": block["action"][0],
             "reward": block[reward][0],
             "collected": collected_returns(block[reward][0, 1:]),
         }
+        if self._expected is not None:
+            columns["expected"] = np.array(self._expected[episode])
+        return columns
 
 
 @runtime_checkable

@@ -204,7 +204,7 @@ class CachedPolicy:
 
     def _capacity(self, num_steps: int, most: int) -> int:
         """Returns the steps of the smallest cache that holds so many."""
-        capacity = self._first_steps
+        capacity: int = self._first_steps
         while capacity < num_steps:
             capacity *= 2
         return min(capacity, most)

@@ -98,10 +98,10 @@ def test_memory_and_accelerator_agree_on_rewards_of_any_size_and_sign(scale):
 
 
 def test_targets_are_the_largest_return_of_the_chain_or_the_own():
-    returns = np.array([[1, 2, 4], [-3, -2, 2e-38]], np.float32)
+    returns = np.array([[1, 4, 2], [-3, 2e-38, -2]], np.float32)
     targets, thresholds = targets_of(returns, own=False)
     np.testing.assert_array_equal(targets, [[4, 4, 4], [0, 0, 0]])
     np.testing.assert_allclose(thresholds, [[4 - 4e-6] * 3, [-1e-6] * 3], rtol=1e-7)
     targets, thresholds = targets_of(returns, own=True)
-    np.testing.assert_array_equal(targets, [[1, 2, 4], [-3, -2, 0]])
+    np.testing.assert_array_equal(targets, [[1, 4, 2], [-3, 0, -2]])
     assert (thresholds < returns).all()

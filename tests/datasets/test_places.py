@@ -38,7 +38,7 @@ def episodes_and_returns(store, task):
     return relabelled, store.returns(task)
 
 
-def reference_chain(store, config, generator):
+def reference_chain(store, config, generator, expected=None):
     episodes, returns = episodes_and_returns(store, config.task)
     ascending = np.argsort(returns, kind="stable")
     eligible = ascending[-max(1, round(config.top_fraction * len(ascending))) :]
@@ -49,22 +49,45 @@ def reference_chain(store, config, generator):
     trajectories = [episodes[i] for i in picked]
     windows = None
     if config.window:
-        starts = [int(generator.integers(t.num_steps - config.window, endpoint=True)) for t in trajectories]
-        windows = [slice(start, start + config.window) for start in starts]
+        kept = config.window if config.window_start == "inside" else 1
+        starts = [int(generator.integers(t.num_steps - kept, endpoint=True)) for t in trajectories]
+        stops = [min(s + config.window, t.num_steps) for s, t in zip(starts, trajectories, strict=True)]
+        windows = [slice(*pair) for pair in zip(starts, stops, strict=True)]
+    if config.order == "collected":
+        order = np.argsort(picked)
+        trajectories = [trajectories[i] for i in order]
+        windows = windows and [windows[i] for i in order]
+        picked = np.sort(picked)
     return build_chain(
         trajectories,
         config.task,
         relabel=config.relabel,
+        expected=None if expected is None else [expected[i] for i in picked],
         completion=config.completion,
         loss_on=config.loss_on,
         windows=windows,
+        order="ascending" if config.order == "ascending" else "given",
     )
 
 
-def reference(store, config, sampler, seed, index):
+def reference(store, config, sampler, seed, index, expected=None):
     generator = np.random.default_rng([seed, index])
-    chains = [reference_chain(store, config, generator) for _ in range(config.batch_size)]
+    chains = [reference_chain(store, config, generator, expected) for _ in range(config.batch_size)]
     return pack(chains, sampler.context_length, layout="fused", num_rows=sampler.num_rows)
+
+
+def reference_of_a_mixture(store, config, sampler, seed, index, expected=None):
+    """Each row is packed for itself, with as many chains of its size as are sure to fit."""
+    generator = np.random.default_rng([seed, index])
+    sizes = generator.choice(sorted(set(config.mixture)), sampler.num_rows)
+    rows = {}
+    for size in np.unique(sizes).tolist():
+        one = dataclasses.replace(config, num_trajectories=size, mixture=())
+        per_row = sampler.context_length // (size * min(config.window or LONGEST, LONGEST))
+        for row in np.flatnonzero(sizes == size).tolist():
+            chains = [reference_chain(store, one, generator, expected) for _ in range(per_row)]
+            rows[row] = pack(chains, sampler.context_length, layout="fused", num_rows=1)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *(rows[i] for i in range(len(rows))))
 
 
 def check_same_bits(batch, expected, hint):
@@ -74,9 +97,9 @@ def check_same_bits(batch, expected, hint):
         assert got.tobytes() == array.tobytes(), (name, hint)
 
 
-def samplers(store, config, seed):
+def samplers(store, config, seed, **options):
     return {
-        place: ChainSampler(store, dataclasses.replace(config, place=place), "fused", seed)
+        place: ChainSampler(store, dataclasses.replace(config, place=place), "fused", seed, **options)
         for place in PLACES
     }
 
@@ -111,6 +134,39 @@ def test_all_places_give_the_bits_of_the_reference_under_every_option(store, win
             for place, sampler in made.items():
                 assert sampler.choice.place == place
                 check_same_bits(sampler.batch(index), expected, (place, config))
+
+
+MIXED = {"mixture": (1, 2, 4), "num_trajectories": 4, "batch_size": 3}
+"""Rows hold four chains of one, two of two or one of four."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MIXED | {"loss_on": "last", "completion": "per_step", "context_length": 2 * 4 * LONGEST + 1},
+        MIXED | {"order": "collected", "relabel": "own_return"},
+        MIXED | {"relabel": "expected_return", "completion": "per_step", "window": 5},
+        {"num_trajectories": 2, "relabel": "expected_return", "order": "collected", "batch_size": 3},
+        {"num_trajectories": 1, "window": 14, "window_start": "anywhere", "batch_size": 9},
+    ],
+    ids=["mixture", "collected", "expected", "expected, no mixture", "windows that end with their episode"],
+)
+def test_all_places_give_the_bits_of_the_reference_of_what_varies_in_size_or_order(store, changes, tmp_path):
+    config, expected, options = DataConfig(task="cartpole_swingup", **changes), None, {}
+    if config.relabel == "expected_return":
+        expected = np.random.default_rng(0).normal(size=(store.num_episodes, 13)).astype(np.float32)
+        np.save(tmp_path / "expected.npy", expected)
+        options = {"expected_return": tmp_path / "expected.npy"}
+    make = reference_of_a_mixture if config.mixture else reference
+    made = samplers(store, config, 3, **options)
+    shapes = set()
+    for index in range(6):
+        wanted = make(store, config, made["host"], 3, index, expected)
+        shapes |= {np.shape(array) for array in made["host"].plan(index)}
+        for place, sampler in made.items():
+            check_same_bits(sampler.batch(index), wanted, (place, index))
+    # No step is compiled anew, whatever sizes were drawn.
+    assert len(shapes) == 1
 
 
 def test_a_batch_made_on_the_accelerator_stays_there(store):

@@ -186,6 +186,29 @@ def test_shares_of_processes_one_below_the_other_are_the_whole_batch(store, plac
     assert 0 < empty < 10
 
 
+def test_numbers_of_a_mixture_get_equal_shares_of_the_rows_and_fill_them(store):
+    changes = {"num_trajectories": 4, "mixture": (1, 4), "batch_size": 20, "place": "host"}
+    sampler = make_sampler(store, **changes)
+    assert (sampler.num_rows, sampler.context_length) == (20, 4 * 12)
+    assert not sampler.is_one_chain_a_row
+    num_chains = [batch.segment_ids.max(axis=1) for batch in map(sampler.batch, range(20))]
+    # Four chains of one, or one of four: 400 rows, standard deviation 10 of each kind. Five of those.
+    kinds, counts = np.unique(num_chains, return_counts=True)
+    assert kinds.tolist() == [1, 4]
+    np.testing.assert_allclose(counts, 200, atol=50)
+    parts = [make_sampler(store, **changes, process_index=i, num_processes=2).batch(3) for i in range(2)]
+    check_equal(stacked(parts), sampler.batch(3))
+    # No row can hold two chains of three.
+    assert make_sampler(store, num_trajectories=4, mixture=(3, 4)).is_one_chain_a_row
+
+
+def test_expected_returns_are_given_just_where_they_are_asked_for(store, tmp_path):
+    with pytest.raises(ValueError, match="got relabel 'expected_return' and expected_return None"):
+        make_sampler(store, relabel="expected_return")
+    with pytest.raises(ValueError, match="got relabel 'chain_maximum' and expected_return"):
+        ChainSampler(store, DataConfig(task=TASK), "fused", 0, expected_return=tmp_path)
+
+
 def test_processes_that_cannot_share_rows_equally_are_refused(store):
     with pytest.raises(ValueError, match=r"got 5 rows for 2 processes\. Use a batch_size"):
         make_sampler(store, batch_size=5, num_processes=2)
