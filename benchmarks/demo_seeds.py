@@ -19,9 +19,9 @@ from bpt_rl.run import protocols
 from bpt_rl.run.records import RunFolder, log_from_json, write_atomically, write_json
 
 AGENTS = {
-    "AT, 4 trajectories": "at_n4_seed{seed}",
-    "AT, 2 trajectories": "at_n2_seed{seed}",
-    "AT, 1 trajectory": "at_n1_seed{seed}",
+    "AT, 4 trajectories": "cells/at_*_n4_seed{seed}-*",
+    "AT, 2 trajectories": "cells/at_*_n2_seed{seed}-*",
+    "AT, 1 trajectory": "cells/at_*_n1_seed{seed}-*",
     "DT": "dt",
     "BC-10%": "bc",
 }
@@ -37,11 +37,17 @@ def run_seed(seed: int, folder: Path) -> float | None:
     return time.perf_counter() - began
 
 
+def run_folder(folder: Path, pattern: str, seed: int) -> RunFolder:
+    """Returns the one run of a demo whose folder is named like this."""
+    [path] = folder.glob(pattern.format(seed=seed))
+    return RunFolder(path)
+
+
 def read_seed(seed: int, folder: Path) -> dict[str, Any]:
     """Returns the numbers of one seed, each a mean over chains with its 95% interval."""
     rows: dict[str, Any] = {}
     for title, name in AGENTS.items():
-        record = RunFolder(folder / name.format(seed=seed)).evaluations()[-1]
+        record = run_folder(folder, name, seed).evaluations()[-1]
         logs = {context: log_from_json(log) for context, log in record["logs"].items()}
         rows[title] = {
             "first": estimate("first", logs["chain"]),
@@ -56,7 +62,7 @@ def read_seed(seed: int, folder: Path) -> dict[str, Any]:
             sample = {"chains": record["num_chains"], "episodes a chain": record["num_episodes"]}
     last = rows["AT, 4 trajectories"]["last"]["value"]
     bar = max(2 * rows["uniform random"]["mean"]["value"], rows["data"]["mean"]["value"])
-    trained = RunFolder(folder / AGENTS["AT, 4 trajectories"].format(seed=seed)).versions()
+    trained = run_folder(folder, AGENTS["AT, 4 trajectories"], seed).versions()
     del trained["command"]  # the one above repeats it
     return {
         "seed": seed,

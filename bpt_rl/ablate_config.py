@@ -1,33 +1,93 @@
 """Configurations of what makes many runs: a grid of cells, and the demo."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from bpt_rl.collect_config import Algorithm, CollectConfig
 from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.config_checks import not_negative, positive
+
+Axes = Mapping[str, tuple[Any, ...]]
+"""Dotted names of settings, like "train.data.num_trajectories" or "evaluate.context_order", each with its values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblateConfig:
-    """A grid of runs over the number of trajectories and the seed."""
+class GridConfig:
+    """A grid of cells, each of them a training and its evaluation."""
 
-    out: str = "runs/trajectory_count"
-    """Folder that receives one run folder a cell."""
-    num_trajectories: tuple[int, ...] = (1, 2, 4)
-    """Trajectories a chain, in training and at evaluation."""
-    seeds: tuple[int, ...] = (0,)
+    out: str = "runs/ablation"
+    """Folder that receives the cells, the tables and the page. Other grids may have the same one: they share cells."""
+    axes: Axes = dataclasses.field(default_factory=dict)
+    """Settings that vary and their values: every combination is a cell. "preset" names presets or TOML files of
+    training, which underlie a cell."""
+    linked: tuple[Axes, ...] = ()
+    """Groups of settings that vary together, with equally many values each, like a task and its store."""
     equal: Literal["tokens", "gradient_steps"] = "tokens"
     """What cells share beside the number of gradient steps: trajectories a batch, or chains a batch."""
+    seeds_at_once: int = 1
+    """Cells that differ in train.seed alone and are trained together, at most so many: faster for small agents."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """Fixed settings; its batch_size is that of the largest count."""
+    """Settings of every cell, over those of its preset where they are not the default; its batch_size is that of the
+    largest count of trajectories. A cell takes those that its agent reads."""
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    """The same of the evaluation."""
 
     def __post_init__(self) -> None:
-        if not self.num_trajectories or not self.seeds or min(self.num_trajectories) < 1:
-            raise ValueError(
-                "A grid needs at least one seed and positive counts of trajectories; got "
-                f"num_trajectories {self.num_trajectories} and seeds {self.seeds}. Name some."
-            )
+        positive(self, "seeds_at_once")
+        seen: set[str] = set()
+        for axis in self.every_axis():
+            lengths = {len(values) for values in axis.values()}
+            if len(lengths) > 1 or 0 in lengths:
+                got = ", ".join(f"{len(values)} of {name}" for name, values in axis.items())
+                raise ValueError(
+                    f"An axis needs a value, and linked settings equally many; got {got}. Name as many of each."
+                )
+            rows = list(map(repr, zip(*axis.values(), strict=True)))
+            if len(set(rows)) < len(rows):
+                names = ", ".join(axis)
+                raise ValueError(f"An axis must not repeat a value; got {names} = {rows}. Leave one out.")
+            if twice := seen & axis.keys():
+                raise ValueError(
+                    f"A setting must be on one axis; got {min(twice)} on two. Leave it out of axes or of linked."
+                )
+            seen |= axis.keys()
+
+    def every_axis(self) -> Iterator[Axes]:
+        """Yields the axes of the grid, an unlinked setting as a group of one; the last varies fastest."""
+        yield from (group for group in self.linked if group)
+        yield from ({name: values} for name, values in self.axes.items())
+
+    def settings(self) -> list[str]:
+        """Returns the dotted names of all settings that vary."""
+        return [name for axis in self.every_axis() for name in axis]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateConfig(GridConfig):
+    """A grid of runs, and where it runs."""
+
+    launcher: Literal["local", "ray"] = "local"
+    """Processes of this machine, or tasks of Ray on a cluster (the extra `ray`)."""
+    workers: int = 0
+    """Processes of the local launcher; 0 for as many as devices, or cores and memory, allow."""
+    workers_per_device: int = 1
+    """Cells that share an accelerator, each with its part of the memory."""
+    ray_address: str = ""
+    """Cluster to connect to, "auto" for the one of this machine; empty starts one of this machine's own."""
+    ray_cpus: float = 2.0
+    """Cores that Ray holds for a job."""
+    ray_gpus: float = 0.0
+    """Accelerators that Ray holds for a job; 0.5 puts two on one."""
+    ray_memory_gib: float = 0.0
+    """Memory that Ray holds for a job; 0 for no request."""
+    dry_run: bool = False
+    """Print the cells with the time and memory that they should take, and run nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "workers_per_device", "ray_cpus")
+        not_negative(self, "workers", "ray_gpus", "ray_memory_gib")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +104,7 @@ class DemoConfig:
     """Explorers whose episodes make up the data, in equal parts."""
     task: str = "cartpole_swingup"
     """Task that episodes are relabelled for and agents trained on; not the one they were collected for."""
-    ablation: AblateConfig = dataclasses.field(default_factory=AblateConfig)
+    ablation: GridConfig = dataclasses.field(default_factory=GridConfig)
     """Agentic Transformers over the number of trajectories."""
     dt: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     bc: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -88,12 +88,27 @@ def _ablate(call: Call) -> None:
     names, options = split(call, "a configuration: a TOML file or a preset")
     default = config_toml.load(ablate_config.AblateConfig, names[0]) if names else None
     config = parse(ablate_config.AblateConfig, call, [*names[1:], *options], default)
-    from bpt_rl.run.ablate import ablate
+    if config.dry_run:
+        from bpt_rl.run.ablation_plan import describe_cells
+        from bpt_rl.run.grid import expand
+
+        print(describe_cells(config, expand(config)))
+        return
+    from bpt_rl.run.ablate import ablate, describe_result
     from bpt_rl.run.console import Stages
+    from bpt_rl.run.job import Job
+    from bpt_rl.run.launchers import Launcher
+
+    def start(jobs: Sequence[Job]) -> Launcher:
+        from bpt_rl.run.launcher_choice import make_launcher  # Plans need JAX, a finished grid does not.
+
+        return make_launcher(config, jobs)
 
     with Stages(1) as stages, stages.stage("cells") as advance:
-        folders = ablate(config, report_progress=advance, command=call.command)
-    print("\n".join(str(folder) for folder in folders))
+        result = ablate(config, start, report_progress=advance, command=call.command)
+    print(describe_result(result))
+    if result.failures:
+        raise SystemExit(1)
 
 
 def _plan(call: Call) -> None:
@@ -175,7 +190,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "ablate": Verb(
         _ablate,
-        "Train and evaluate a grid over the number of trajectories; finished cells are skipped.",
+        "Train and evaluate a grid, like over the number of trajectories; finished cells are skipped.",
         "CONFIG [options]",
         "bpt-rl ablate trajectory_count --train.data.store data/walker.h5 --train.data.task walker_run",
     ),

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -87,6 +87,10 @@ def _option_names(config: object, prefix: str = "") -> Iterator[str]:
         value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from _option_names(value, f"{name}.")
+        elif isinstance(value, Mapping) and value:
+            yield from (f"{name}.{key}".replace("_", "-") for key in value)
+        elif isinstance(value, tuple) and any(isinstance(item, Mapping) for item in value):
+            yield from (f"{name}.{i}.{key}".replace("_", "-") for i, item in enumerate(value) for key in item)
         else:
             yield name
 

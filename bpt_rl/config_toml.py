@@ -75,6 +75,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_mapping(typing.cast(type, hint), value, f"{where}.")
     origin = typing.get_origin(hint)
+    if hint is Any:
+        return tuple(value) if isinstance(value, list) else value
+    if origin is Mapping and isinstance(value, Mapping):
+        item = typing.get_args(hint)[1]
+        return {name: _convert(item, v, f"{where}.{name}") for name, v in flat(value).items()}
     if origin is tuple and isinstance(value, list | tuple):
         item, *rest = typing.get_args(hint)
         if rest == [Ellipsis]:
@@ -90,6 +95,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     expected = hint.__name__ if typing.get_origin(hint) is None else hint
     raise ValueError(f"{where} must be of type {expected}; got {value!r}. Change it in the configuration.")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested tables as one, with names like "data.store"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def to_toml(config: Any) -> str:
@@ -115,6 +128,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML string but for the one control character that JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {_toml_value(v)}" for name, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     return repr(value)

@@ -8,6 +8,8 @@ from bpt_rl.config_checks import not_negative, positive
 
 TDAgentName = Literal["td3", "td3_bc", "crr", "cql", "iql"]
 TD_AGENTS: tuple[TDAgentName, ...] = typing.get_args(TDAgentName)
+READ_FIELDS = ("data.store", "data.task", "data.place")
+"""Of the fields of data, model and optimizer those that these agents read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -151,15 +151,18 @@ def test_from_collecting_to_the_report(cli, project, tmp_path):
     data = {"store": root / "store.h5", "task": "cartpole_swingup", "batch-size": 1}
     grid = options("train.", data=data, optimizer=TINY_STEPS, model={"embed-dim": 8})
     out = cli.succeed(
-        f"ablate trajectory_count --out {cells} --num-trajectories 2 --seeds 0 --train.agent bc {grid} "
+        f"ablate trajectory_count --out {cells} --axes.train.data.num-trajectories 2 --axes.train.seed 0 "
+        f"--train.agent bc {grid} "
         "--evaluate.num-chains 2 --evaluate.num-workers 1 --evaluate.num-episodes 1 --evaluate.no-random"
     )
-    assert out == f"{cells}/bc_n2_seed0\n"
+    assert out.startswith(f"1 of 1 cells are finished.\nPage: {cells}/ablation.html\n")
+    [cell] = (cells / "cells").iterdir()
+    assert cell.name.startswith("bc_cartpole_swingup_n2_seed0-")
 
     out = cli.succeed(f"report {root}/at --out {tmp_path}/page.html")
     assert out == f"Report: {tmp_path}/page.html\n"
     assert "cartpole_swingup" in (tmp_path / "page.html").read_text()
-    assert cli.succeed(f"report {cells}/bc_n2_seed0") == f"Report: {cells}/bc_n2_seed0/report.html\n"
+    assert cli.succeed(f"report {cell}") == f"Report: {cell}/report.html\n"
 
 
 def test_demo_makes_data_runs_and_report(cli, tmp_path):
@@ -172,11 +175,11 @@ def test_demo_makes_data_runs_and_report(cli, tmp_path):
     )
     line = (
         f"demo --out {tmp_path}/demo --algorithms random --collect.num-steps 2000 --collect.action-repeat 50 "
-        f"--collect.num-workers 1 --ablation.num-trajectories 1 {parts} --ablation.evaluate.num-chains 2"
+        f"--collect.num-workers 1 --ablation.axes.train.data.num-trajectories 1 {parts} --ablation.evaluate.num-chains 2"
     )
     out = cli.succeed(line)
     assert out.endswith(f"Report: {tmp_path}/demo/report.html\n")
-    assert {path.name for path in (tmp_path / "demo").iterdir()} >= {"at_n1_seed0", "bc", "dt", "store.h5"}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} >= {"table.csv", "bc", "dt", "store.h5"}
     assert "cartpole_swingup" in (tmp_path / "demo" / "report.html").read_text()
 
 

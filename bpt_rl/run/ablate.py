@@ -1,102 +1,202 @@
-"""Ablation over the number of trajectories: a grid of runs, each trained and evaluated once."""
+"""Running a grid: what is missing of it, whatever was interrupted before, and the tables of what came out."""
 
+import collections
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from gymnasium.vector import VectorEnv
-
-from bpt_rl.ablate_config import AblateConfig
-from bpt_rl.config import TrainConfig
-from bpt_rl.datasets.store import Store
+from bpt_rl import config_toml
+from bpt_rl.ablate_config import GridConfig
 from bpt_rl.run import records
-from bpt_rl.run.evaluate import evaluate_run
-from bpt_rl.run.evaluated_run import check_simulated
-from bpt_rl.run.train import train
+from bpt_rl.run.grid import Cell, expand, trainings
+from bpt_rl.run.grid_folder import GridFolder
+from bpt_rl.run.job import Job, Outcome
+from bpt_rl.run.launchers import Ended, Launcher
 
-Progress = Callable[[int, int], None]
-"""Called with gradient steps done and gradient steps in all, over the whole grid."""
+Progress = Callable[..., None]
+"""Called with cells done, cells in all and, by keyword, a note to show."""
+TRIES = 2
+"""Of a cell in one call, the failed ones counted."""
+PAGE_SCHEMA = 1
+"""Raised when tables or page change: those that lie there are written anew."""
+POLL = 1.0
+"""Seconds between two looks at cells that another process is at."""
 
 
-def cells(config: AblateConfig) -> Iterator[TrainConfig]:
-    """Yields the training configuration of each cell of the grid, one seed after another.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A cell that could not be finished."""
 
-    With `equal = "tokens"` the chains of a batch shrink as the trajectories of a chain grow, so that every cell
-    trains on equally many trajectories a step.
+    cell: Cell
+    error: str
+    details: str
 
-    Raises:
-      ValueError: If the batch of the largest count is not a whole number of chains in some cell.
-    """
-    base = config.train
-    total = base.data.batch_size * max(config.num_trajectories)
-    for seed in config.seeds:
-        for count in config.num_trajectories:
-            batch_size, rest = (
-                (base.data.batch_size, 0) if config.equal == "gradient_steps" else divmod(total, count)
-            )
-            if rest:
-                raise ValueError(
-                    f"Equal tokens need a whole number of chains in every batch; got {total} trajectories a batch "
-                    f"and chains of {count}. Use counts that divide {total}, or equal = 'gradient_steps'."
-                )
-            yield dataclasses.replace(
-                base,
-                run=str(Path(config.out) / f"{base.agent}_n{count}_seed{seed}"),
-                seed=seed,
-                data=dataclasses.replace(base.data, num_trajectories=count, batch_size=batch_size),
-            )
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridResult:
+    """What a grid came to."""
+
+    cells: Sequence[Cell]
+    folder: GridFolder
+    failures: Sequence[Failure]
+
+    @property
+    def run_folders(self) -> list[Path]:
+        """Of the trainings, each once, in the order of the cells."""
+        names = dict.fromkeys(cell.train.run for cell in self.cells)
+        return [self.folder.run_folder(name).path for name in names]
 
 
 def ablate(
-    config: AblateConfig,
+    config: GridConfig,
+    make_launcher: Callable[[Sequence[Job]], Launcher],
     *,
-    environments: VectorEnv | None = None,
     report_progress: Progress | None = None,
     command: str = "",
-) -> list[Path]:
-    """Trains and evaluates the cells that are not finished; returns the run folders of all.
+) -> GridResult:
+    """Runs the cells of a grid that are not finished, writes its tables and its page.
 
-    A cell is finished when an evaluation of its last gradient step, under the same evaluation configuration and
-    from the same data, lies in its run folder.
+    A cell that fails is tried once more, alone. One that another process is at, with the same folder, is waited for.
+    Interrupted anywhere and called again, the grid ends with the same table.
 
     Args:
       config: The grid.
-      environments: For the evaluations, to be used again; made for each cell if None.
-      report_progress: Told of gradient steps.
+      make_launcher: Called with the jobs of the cells that are missing, if there are any.
+      report_progress: Told of cells.
       command: Command line that repeats this, for the record.
 
     Raises:
-      FileNotFoundError: If the store does not exist.
-      ValueError: If the grid has no whole batches, the task has no simulator, or a cell was begun with another
-        configuration or data.
+      FileNotFoundError: If a store or preset does not exist.
+      ValueError: If the grid has no cell that could run.
     """
-    grid = list(cells(config))
-    with Store.open(config.train.data.store) as store:
-        check_simulated(store.source)
-        digest = store.digest
-    num_steps = config.train.optimizer.num_steps
-    for index, cell in enumerate(grid):
+    cells, folder = expand(config), GridFolder(Path(config.out))
+    work = _Work(cells, folder, report_progress)
+    jobs = _jobs(config, work.missing(), command)
+    if jobs:
+        records.write_atomically(folder.config_path, config_toml.to_toml(config))
+        with make_launcher(jobs) as launcher:
+            work.run(jobs, launcher)
+    work.tell()
+    stamp = _stamp(cells, work.missing())
+    if jobs or not (folder.page_path.is_file() and folder.stamp() == stamp):
+        # Here, not above: a grid that is finished answers before all that draws is loaded.
+        from bpt_rl.run.ablation_page import write_page
+        from bpt_rl.run.ablation_table import write_tables
 
-        def report(step: int, _: int, __: Mapping[str, float], index: int = index) -> None:
-            if report_progress:
-                report_progress(index * num_steps + step, len(grid) * num_steps)
-
-        if not _is_finished(Path(cell.run), cell, config, digest):
-            train(cell, report, command=command)
-            evaluate_run(Path(cell.run), config.evaluate, environments=environments, command=command)
-            records.write_json(
-                Path(cell.run) / "cell.json", {"evaluate": dataclasses.asdict(config.evaluate)}
-            )
-        report(num_steps, num_steps, {})
-    return [Path(cell.run) for cell in grid]
+        write_tables(cells, folder)
+        write_page(cells, folder, command=command)
+        folder.write_stamp(stamp)
+    return GridResult(cells=cells, folder=folder, failures=work.failures())
 
 
-def _is_finished(path: Path, cell: TrainConfig, config: AblateConfig, digest: str) -> bool:
-    marker, folder = path / "cell.json", records.RunFolder(path)
-    if not marker.is_file() or not any(folder.evaluations_path.glob("*.json")):
-        return False
-    # As JSON, which knows no tuples.
-    asked = json.loads(json.dumps(dataclasses.asdict(config.evaluate)))
-    same_evaluation = json.loads(marker.read_text())["evaluate"] == asked
-    return same_evaluation and folder.config() == cell and folder.statistics().digest == digest
+def _stamp(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
+    """Returns what the tables and the page of a grid depend on, in short."""
+    addresses = [[cell.address for cell in some] for some in (cells, missing)]
+    return hashlib.sha256(json.dumps([PAGE_SCHEMA, *addresses]).encode()).hexdigest()
+
+
+def _jobs(config: GridConfig, cells: Iterable[Cell], command: str) -> list[Job]:
+    """Returns jobs of one training each, or of several that differ in their seed alone."""
+    together: dict[str, list[list[Cell]]] = {}
+    for group in trainings(cells).values():
+        train = dataclasses.replace(group[0].train, seed=0, run="")
+        key = repr(train) if config.seeds_at_once > 1 else group[0].training
+        together.setdefault(key, []).append(group)
+    return [
+        Job.of(config.out, groups[i : i + config.seeds_at_once], command)
+        for groups in together.values()
+        for i in range(0, len(groups), config.seeds_at_once)
+    ]
+
+
+def describe_result(result: GridResult) -> str:
+    """Returns what `bpt-rl ablate` prints at the end: where the tables lie, and what failed and why."""
+    folder = result.folder
+    finished = len(result.cells) - len(result.failures)
+    lines = [
+        f"{finished} of {len(result.cells)} cells are finished.",
+        f"Page: {folder.page_path}",
+        f"Table: {folder.table_path}",
+        f"Costs: {folder.costs_path}",
+    ]
+    if result.failures:
+        lines.append(f"{len(result.failures)} failed, each tried twice; the same command tries them again:")
+        lines += [f"  {failure.cell.title}: {failure.error}" for failure in result.failures]
+        lines.append(f"More in {folder.path / 'failures'}.")
+    return "\n".join(lines)
+
+
+class _Work:
+    """What is still to be done of a grid."""
+
+    def __init__(self, cells: Sequence[Cell], folder: GridFolder, report_progress: Progress | None) -> None:
+        self._cells = {cell.address: cell for cell in cells}
+        self._folder = folder
+        self._report_progress = report_progress
+        self._tries: collections.Counter[str] = collections.Counter()
+        self._done = folder.finished() & self._cells.keys()
+        self._failed: dict[str, Outcome] = {}
+
+    def missing(self) -> list[Cell]:
+        return [cell for address, cell in self._cells.items() if address not in self._done]
+
+    def failures(self) -> list[Failure]:
+        return [
+            Failure(cell=cell, error=self._failed[address].error, details=self._failed[address].details)
+            for address, cell in self._cells.items()
+            if address in self._failed
+        ]
+
+    def run(self, jobs: Sequence[Job], launcher: Launcher) -> None:
+        waiting, num_running = collections.deque(jobs), 0
+        # Of each, when it may be asked for again: another process is at it.
+        busy: list[tuple[float, Job]] = []
+        while waiting or num_running or busy:
+            while waiting and num_running < launcher.num_slots:
+                launcher.start(waiting.popleft())
+                num_running += 1
+            if num_running:
+                for ended in launcher.wait(POLL):
+                    num_running -= 1
+                    again, is_busy = self._settle(ended)
+                    if is_busy:
+                        busy += [(time.monotonic() + POLL, job) for job in again]
+                    else:
+                        waiting.extend(again)
+            else:
+                time.sleep(POLL)
+            waiting.extend(job for when, job in busy if when <= time.monotonic())
+            busy = [(when, job) for when, job in busy if when > time.monotonic()]
+            self.tell(launcher)
+
+    def tell(self, launcher: Launcher | None = None) -> None:
+        if self._report_progress is None:
+            return
+        running = launcher.progress() if launcher else {}
+        done = len(self._done) + len(self._failed) + sum(part for part, _ in running.values())
+        note = ", ".join(f"{name} {words} {part:.0%}" for name, (part, words) in sorted(running.items())[:3])
+        self._report_progress(done, len(self._cells), note=note)
+
+    def _settle(self, ended: Ended) -> tuple[list[Job], bool]:
+        """Returns what of a job is to be run again, and whether that is because another process is at it."""
+        states = {outcome.state for outcome in ended.outcomes}
+        for outcome in ended.outcomes:
+            if outcome.state == "finished":
+                self._done.add(outcome.address)
+            elif outcome.state == "failed":
+                self._fail(outcome)
+        left = [a for a in ended.job.addresses if a not in self._done and a not in self._failed]
+        if "failed" in states:
+            # Alone: what one seed of several did, the others need not suffer for.
+            return [job for job in ended.job.each() if set(job.addresses) & set(left)], False
+        return ([ended.job] if left else []), bool(left)
+
+    def _fail(self, outcome: Outcome) -> None:
+        self._tries[outcome.address] += 1
+        values = dataclasses.asdict(outcome) | {"tries": self._tries[outcome.address]}
+        self._folder.write_failure(outcome.address, values | {"cell": self._cells[outcome.address].title})
+        if self._tries[outcome.address] >= TRIES:
+            self._failed[outcome.address] = outcome

@@ -1,24 +1,29 @@
 """The whole way, from nothing to a report: what `bpt-rl demo` does."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gymnasium.vector import VectorEnv
 
-from bpt_rl.ablate_config import AblateConfig, DemoConfig
+from bpt_rl.ablate_config import DemoConfig, GridConfig
 from bpt_rl.config import BuildConfig, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.build import build_store
 from bpt_rl.envs.tasks import make_vector
 from bpt_rl.run.ablate import ablate
+from bpt_rl.run.cell import train_and_evaluate
 from bpt_rl.run.collect import collect
 from bpt_rl.run.console import Advance, Stages
 from bpt_rl.run.evaluate import evaluate_run
 from bpt_rl.run.evaluation_record import describe_record
 from bpt_rl.run.film_sources import film_evaluation
+from bpt_rl.run.job import Job
+from bpt_rl.run.launchers import InlineLauncher, Launcher
+from bpt_rl.run.open_runs import Progress
 from bpt_rl.run.records import RunFolder
 from bpt_rl.run.report import write_report
-from bpt_rl.run.train import Progress, train
+from bpt_rl.run.train import train
 
 
 def demo(config: DemoConfig, *, command: str = "") -> Path:
@@ -47,8 +52,7 @@ def demo(config: DemoConfig, *, command: str = "") -> Path:
         finally:
             environments.close()
         with stages.stage("draw two episodes, write the report") as advance:
-            # The last cell has the most trajectories.
-            films = film_evaluation(runs[len(ablation.num_trajectories) - 1])
+            films = film_evaluation(_longest(runs))
             advance(1, 2)
             report = write_report(runs, out / "report.html")
             advance(2, 2)
@@ -58,14 +62,12 @@ def demo(config: DemoConfig, *, command: str = "") -> Path:
     return report
 
 
-def _plan(config: DemoConfig, out: Path) -> tuple[AblateConfig, list[TrainConfig]]:
+def _plan(config: DemoConfig, out: Path) -> tuple[GridConfig, list[TrainConfig]]:
     def placed(run: TrainConfig) -> TrainConfig:
         data = dataclasses.replace(run.data, store=str(out / "store.h5"), task=config.task)
         return dataclasses.replace(run, run=str(out / run.agent), seed=config.seed, data=data)
 
-    ablation = dataclasses.replace(
-        config.ablation, out=str(out), seeds=(config.seed,), train=placed(config.ablation.train)
-    )
+    ablation = dataclasses.replace(config.ablation, out=str(out), train=placed(config.ablation.train))
     return ablation, [placed(config.dt), placed(config.bc)]
 
 
@@ -89,15 +91,23 @@ def _make_store(config: DemoConfig, out: Path, stages: Stages) -> None:
 
 
 def _train_and_evaluate(
-    ablation: AblateConfig,
+    ablation: GridConfig,
     baselines: list[TrainConfig],
     environments: VectorEnv,
     stages: Stages,
     command: str,
 ) -> list[Path]:
-    counts = ", ".join(map(str, ablation.num_trajectories))
-    with stages.stage(f"train and evaluate at on {counts} trajectories") as advance:
-        runs = ablate(ablation, environments=environments, report_progress=advance, command=command)
+    def make_launcher(jobs: Sequence[Job]) -> Launcher:
+        runner = functools.partial(train_and_evaluate, environments=environments)
+        return InlineLauncher(runner, lambda done: advance(done, len(jobs)))
+
+    with stages.stage(f"train and evaluate {ablation.train.agent}: the ablation") as advance:
+        grid = ablate(ablation, make_launcher, command=command)
+        for failure in grid.failures:
+            raise ValueError(
+                f"A cell of the demo failed, {failure.cell.title}: {failure.error} More in {grid.folder.path}/failures."
+            )
+        runs = list(grid.run_folders)
     for baseline in baselines:
         with stages.stage(f"train and evaluate {baseline.agent}") as advance:
             train(baseline, _with_loss(advance), command=command)
@@ -105,6 +115,11 @@ def _train_and_evaluate(
             evaluate_run(Path(baseline.run), evaluate, environments=environments, command=command)
         runs.append(Path(baseline.run))
     return runs
+
+
+def _longest(runs: Sequence[Path]) -> Path:
+    """Returns the run whose chains have the most trajectories."""
+    return max(runs, key=lambda run: RunFolder(run).config().data.num_trajectories)
 
 
 def _evaluation_of(baseline: TrainConfig, evaluate: EvaluateConfig) -> EvaluateConfig:

@@ -23,11 +23,9 @@ from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.continuation import flat
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
 from bpt_rl.run.seed_axis import numbers, over_seeds, split, stacked
-from bpt_rl.td_config import TD_AGENTS, TDAgentName
+from bpt_rl.td_config import READ_FIELDS, TD_AGENTS, TDAgentName
 from bpt_rl.types import DataStatistics
 
-READ_FIELDS = ("data.store", "data.task", "data.place")
-"""Fields of data, model and optimizer that count here."""
 Metrics = dict[str, jax.Array]
 
 

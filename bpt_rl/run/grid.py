@@ -1,0 +1,208 @@
+"""The cells of a grid: what each trains and evaluates, and its address, made of its content alone."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from bpt_rl import config_toml
+from bpt_rl.ablate_config import GridConfig
+from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.config_toml import flat
+from bpt_rl.datasets.store import Store
+from bpt_rl.run.evaluation_record import SCHEMA
+from bpt_rl.run.simulated_source import check_simulated
+from bpt_rl.td_config import READ_FIELDS, TD_AGENTS
+
+CELL_SCHEMA = 1
+"""Raised when the same settings would give other numbers: no cell finished before counts any more."""
+_COUNT, _BATCH = "train.data.num_trajectories", "train.data.batch_size"
+_NO_PART = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store")
+"""Settings of a training that no number depends on; of the store the content counts."""
+_OF_CONTEXT = ("context_order", "num_context_trajectories", "context_capacity", "full_context")
+_OF_TARGET = (
+    "target",
+    "target_quantile",
+    "target_value",
+    "target_multiple",
+    "target_sweep",
+    "sweep_episodes",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One combination of a grid."""
+
+    values: Mapping[str, Any]
+    """Of the settings that vary and that the agent reads, by dotted name."""
+    train: TrainConfig
+    """Its run is the folder's own name: where it lies is not part of a cell."""
+    evaluate: EvaluateConfig
+    training: str
+    """Address of the training: cells that are evaluated in different ways share it."""
+    address: str
+
+    @property
+    def title(self) -> str:
+        """The settings that vary, in words."""
+        named = [f"{name.rpartition('.')[2]} {value}" for name, value in self.values.items()]
+        return ", ".join(named) or self.train.run
+
+
+def expand(config: GridConfig) -> list[Cell]:
+    """Returns the cells of a grid, each once, the last axis varying fastest.
+
+    A cell takes of the settings those that its agent reads. So an agent that learns from single transitions has one
+    cell where others have one for each number of trajectories. With `equal = "tokens"` the chains of a batch shrink as
+    the trajectories of a chain grow, so that every cell trains on equally many trajectories a step.
+
+    Raises:
+      FileNotFoundError: If a store or preset does not exist.
+      ValueError: If an axis is no setting, a value does not fit, a batch is no whole number of chains, or a store
+        lacks the task or its simulator.
+    """
+    names = _setting_names()
+    for name in config.settings():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"An axis must be a setting of a cell; got {name!r}. Nearest valid one: {near!r}."
+            )
+    stores = _Stores()
+    cells = (_cell(config, values, stores) for values in _combinations(config))
+    return list({cell.address: cell for cell in cells}.values())
+
+
+def _setting_names() -> list[str]:
+    train, evaluate = dataclasses.asdict(TrainConfig()), dataclasses.asdict(EvaluateConfig())
+    names = [*flat(train, "train."), *flat(evaluate, "evaluate.")]
+    return ["preset", *(name for name in names if name not in ("train.run", "evaluate.num_workers"))]
+
+
+def _combinations(config: GridConfig) -> Iterator[dict[str, Any]]:
+    axes = [
+        [dict(zip(axis, row, strict=True)) for row in zip(*axis.values(), strict=True)]
+        for axis in config.every_axis()
+    ]
+    for parts in itertools.product(*axes):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def _cell(config: GridConfig, values: Mapping[str, Any], stores: "_Stores") -> Cell:
+    settings = _resolved(config, values)
+    agent = settings.get("train.agent", TrainConfig().agent)
+    read = {name: value for name, value in settings.items() if _is_read(agent, name)}
+    try:
+        made = config_toml.from_mapping(_Settings, _nested(read))
+    except ValueError as error:
+        words = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+        raise ValueError(f"{error} (In the cell of {words or 'all defaults'}.)") from error
+    digest = stores.digest(made.train.data.store, made.train.data.task)
+    content = {k: v for k, v in flat(dataclasses.asdict(made.train)).items() if k not in _NO_PART}
+    training = _address([CELL_SCHEMA, digest, content])
+    asked = dataclasses.asdict(dataclasses.replace(made.evaluate, num_workers=0))
+    return Cell(
+        values={name: value for name, value in values.items() if _is_read(agent, name)},
+        train=dataclasses.replace(made.train, run=f"{_readable(made.train)}-{training[:10]}"),
+        evaluate=made.evaluate,
+        training=training,
+        address=_address([training, SCHEMA, asked]),
+    )
+
+
+def _resolved(config: GridConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a cell's settings by dotted name: the preset's, below those of the grid, below those of its axes."""
+    settings: dict[str, Any] = {}
+    if preset := values.get("preset"):
+        settings |= flat(dataclasses.asdict(config_toml.load(TrainConfig, preset)), "train.")
+    for prefix, own, default in (
+        ("train.", config.train, TrainConfig()),
+        ("evaluate.", config.evaluate, EvaluateConfig()),
+    ):
+        said, unsaid = flat(dataclasses.asdict(own), prefix), flat(dataclasses.asdict(default), prefix)
+        settings |= {name: value for name, value in said.items() if value != unsaid[name]}
+    settings |= {name: value for name, value in values.items() if name != "preset"}
+    if config.equal == "tokens" and settings.get("train.agent") not in TD_AGENTS:
+        _equalise(config, settings)
+    return settings
+
+
+def _equalise(config: GridConfig, settings: dict[str, Any]) -> None:
+    counts = next((axis[_COUNT] for axis in config.every_axis() if _COUNT in axis), ())
+    if not counts:
+        return
+    total = settings.get(_BATCH, TrainConfig().data.batch_size) * max(counts)
+    settings[_BATCH], rest = divmod(total, settings[_COUNT])
+    if rest:
+        raise ValueError(
+            f"Equal tokens need a whole number of chains in every batch; got {total} trajectories a batch "
+            f"and chains of {settings[_COUNT]}. Use counts that divide {total}, or equal = 'gradient_steps'."
+        )
+
+
+def _is_read(agent: str, name: str) -> bool:
+    """Returns whether a setting means something to an agent; `train` and `evaluate` refuse others, or ignore them."""
+    room, _, rest = name.partition(".")
+    if room == "train":
+        group = rest.partition(".")[0]
+        if agent in TD_AGENTS:
+            return group not in ("data", "model", "optimizer") or rest in READ_FIELDS
+        return group != "td"
+    if room == "evaluate" and rest in _OF_CONTEXT:
+        return agent == "at"
+    if room == "evaluate" and rest in _OF_TARGET:
+        return agent in ("at", "dt")
+    return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+
+class _Stores:
+    """Digests of the stores that a grid reads, each opened once for a task."""
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[str, str], str] = {}
+
+    def digest(self, path: str, task: str) -> str:
+        if (path, task) not in self._digests:
+            with Store.open(path) as store:
+                check_simulated(store.source)
+                store.returns(task)  # It refuses a task that the store lacks.
+                self._digests[path, task] = store.digest
+        return self._digests[path, task]
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        table = found
+        for group in groups:
+            table = table.setdefault(group, {})
+        table[last] = value
+    return found
+
+
+def _address(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _readable(train: TrainConfig) -> str:
+    count = "" if train.agent in TD_AGENTS else f"_n{train.data.num_trajectories}"
+    return f"{train.agent}_{train.data.task}{count}_seed{train.seed}"
+
+
+def trainings(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Returns the cells of each training by its address, in their order."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.training, []).append(cell)
+    return found
