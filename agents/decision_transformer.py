@@ -1,19 +1,15 @@
 """Decision Transformer: return-conditioned actions from one trajectory."""
 
-import jax
-from flax import nnx
-from jaxtyping import Float
-
-from bpt_rl.agents.base import Params, Policy
+from bpt_rl.agents.base import Params
 from bpt_rl.config import FullContext, TrainConfig
-from bpt_rl.nn.normalization import Normalizer
-from bpt_rl.nn.policy import make_policy
-from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
-from bpt_rl.types import DataStatistics, PackedBatch
+from bpt_rl.nn.cached_policy import CachedPolicy
+from bpt_rl.nn.trajectory_learner import TrajectoryLearner, check_asks_for_a_return
+from bpt_rl.nn.windowed_policy import WindowedPolicy
+from bpt_rl.types import DataStatistics
 
 
-class DecisionTransformer:
-    """One trajectory a context, conditioned on its own return; the context never outlives an episode.
+class DecisionTransformer(TrajectoryLearner):
+    """One trajectory a context, or its last `data.window` steps; the context never outlives an episode.
 
     Source: Chen et al. 2021, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
     """
@@ -24,25 +20,8 @@ class DecisionTransformer:
                 "A Decision Transformer sees one trajectory a context; got num_trajectories "
                 f"{config.data.num_trajectories}. Set data.num_trajectories to 1, or train agent at."
             )
-        self._config = config
-        self._normalizer = Normalizer.from_statistics(statistics, config.return_scale)
-        self._sizes = (statistics.observation_dim, statistics.action_dim, statistics.episode_steps)
-        self._graph = nnx.graphdef(nnx.eval_shape(lambda: self._model(jax.random.key(0))))
-
-    def _model(self, key: jax.Array) -> TrajectoryModel:
-        return TrajectoryModel(self._config.model, *self._sizes, nnx.Rngs(key))
-
-    def init(self, key: jax.Array) -> Params:
-        """Returns fresh parameters."""
-        return nnx.to_pure_dict(nnx.state(self._model(key)))
-
-    def loss(
-        self, params: Params, batch: PackedBatch, key: jax.Array | None
-    ) -> tuple[Float[jax.Array, ""], dict[str, Float[jax.Array, ""]]]:
-        """Returns the action loss over the steps that count; no dropout without a key."""
-        predicted = nnx.merge(self._graph, params)(self._normalizer(batch), key)
-        loss = action_loss(predicted, batch.action, batch.loss_mask, self._config.model.action_distribution)
-        return loss, {"loss": loss}
+        check_asks_for_a_return(config)
+        super().__init__(config, statistics)
 
     def policy(
         self,
@@ -52,16 +31,7 @@ class DecisionTransformer:
         clear_context: bool = False,
         full_context: FullContext = "refuse",
         sample_seed: int | None = None,
-    ) -> Policy:
+    ) -> CachedPolicy | WindowedPolicy:
         """Returns the policy; at each episode's end it forgets what it played, whatever is asked."""
         del num_episodes, clear_context, full_context
-        return make_policy(
-            self._graph,
-            params,
-            self._config,
-            self._normalizer,
-            num_episodes=1,
-            clear_context=True,
-            full_context="refuse",
-            sample_seed=sample_seed,
-        )
+        return super().policy(params, num_episodes=1, clear_context=True, sample_seed=sample_seed)

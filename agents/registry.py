@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from bpt_rl.agents.agentic_transformer import AgenticTransformer
+from bpt_rl.agents.algorithm_distillation import AlgorithmDistillation
 from bpt_rl.agents.aps import Aps
 from bpt_rl.agents.base import Agent, Explorer, OfflineLearner
 from bpt_rl.agents.behaviour_cloning import BehaviourCloning
@@ -31,9 +32,10 @@ def make_agent(config: TrainConfig, statistics: DataStatistics) -> Agent:
     Raises:
       ValueError: If it is one of those that learn from single transitions: `make_learner` makes them.
     """
-    agents: dict[str, type[AgenticTransformer] | type[DecisionTransformer] | type[BehaviourCloning]] = {
+    agents: Mapping[str, Callable[[TrainConfig, DataStatistics], Agent]] = {
         "at": AgenticTransformer,
         "dt": DecisionTransformer,
+        "ad": AlgorithmDistillation,
         "bc": BehaviourCloning,
     }
     if config.agent not in agents:

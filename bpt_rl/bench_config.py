@@ -210,7 +210,8 @@ class RolloutBenchConfig:
             )
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative; got {self.num_workers}. 0 means one a core.")
-        if self.train.agent not in ("at", "dt"):
+        if self.train.agent not in ("at", "dt", "ad"):
             raise ValueError(
-                f"The agent must have a transformer, as at and dt have; got {self.train.agent}. Name another preset."
+                f"The agent must have a transformer, as at, dt and ad have; got {self.train.agent}. Name another "
+                "preset."
             )

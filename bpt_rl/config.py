@@ -17,7 +17,7 @@ Layout = Literal[
 Implementation = Literal["auto", "reference", "blockwise", "cudnn"]
 Activations = Literal["auto", "keep", "save_attention", "offload_attention", "recompute", "offload"]
 FullContext = Literal["refuse", "drop_oldest"]
-ContextOrder = Literal["none", "ascending", "shuffled", "random", "best", "worst"]
+ContextOrder = Literal["none", "ascending", "shuffled", "random", "consecutive", "best", "worst"]
 Draw = Literal["uniform", "by_length", "return_stratified", "without_replacement", "consecutive"]
 Relabel = Literal["chain_maximum", "own_return", "expected_return"]
 Place = Literal["auto", "accelerator", "host", "stream"]
@@ -183,6 +183,8 @@ class OptimizerConfig:
     final_learning_rate: float = 0.1
     """Rate at the last step, as a fraction of the peak."""
     weight_decay: float = 1e-4
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients a step, in (0, 1); the Decision Transformer has 0.999."""
     clip_norm: float = 0.25
     """Largest global norm of the gradient."""
     accumulation: int = 1
@@ -195,6 +197,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         positive(self, "num_steps", "learning_rate", "clip_norm", "accumulation")
         not_negative(self, "final_learning_rate", "weight_decay")
+        if not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2 must lie in (0, 1); got {self.beta2}. 0.95 is usual for transformers.")
         if not 0 <= self.warmup_steps < self.num_steps:
             raise ValueError(
                 f"warmup_steps must be smaller than num_steps; got {self.warmup_steps} and {self.num_steps}. "
@@ -202,7 +206,11 @@ class OptimizerConfig:
             )
 
 
-AgentName = Literal["at", "dt", "bc", TDAgentName]
+AgentName = Literal["at", "dt", "ad", "bc", TDAgentName]
+CHAIN_AGENTS: tuple[AgentName, ...] = ("at", "ad")
+"""Agents whose contexts hold several episodes."""
+CONDITIONED_AGENTS: tuple[AgentName, ...] = ("at", "dt")
+"""Agents that are asked for a return."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,9 +220,9 @@ class TrainConfig:
     run: str = "runs/at"
     """Run folder. If it holds checkpoints of the same configuration, training goes on from the last."""
     agent: AgentName = "at"
-    """at: Agentic Transformer; dt: Decision Transformer; bc: behaviour cloning (an MLP); td3, td3_bc, crr, cql, iql:
-    learning from single transitions, which reads td.* in place of model.* and optimizer.*, and of data.* the store, the
-    task and the place."""
+    """at: Agentic Transformer; dt: Decision Transformer; ad: algorithm distillation; bc: behaviour cloning (an MLP);
+    td3, td3_bc, crr, cql, iql: learning from single transitions, which reads td.* in place of model.* and optimizer.*,
+    and of data.* the store, the task and the place."""
     seed: int = 0
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -257,7 +265,7 @@ class EvaluateConfig:
     """Rollouts of a trained run in DMC."""
 
     num_episodes: int = 0
-    """Episodes of a chain, in one context (n); 0 means the run's num_trajectories, 4 or more for dt, bc."""
+    """Episodes of a chain, in one context (n); 0 means the run's num_trajectories for at and ad, 4 for others."""
     num_chains: int = 16
     """Chains rolled out in parallel, each in an environment of its own."""
     target: Literal["largest", "quantile", "explicit"] = "largest"
@@ -272,7 +280,8 @@ class EvaluateConfig:
     sweep_episodes: int = 1
     context_order: ContextOrder = "none"
     """Trajectories of the training data that each context begins with. random: drawn; ascending: the same, by return,
-    as in training; shuffled: the same, in another order; best, worst: the data's, ascending."""
+    as in training; shuffled: the same, in another order; consecutive: a stretch of one collector's, with the stride of
+    training; best, worst: the data's, ascending."""
     num_context_trajectories: int = 0
     """How many of them, before the episodes of the chain."""
     context_capacity: int = 0

@@ -100,7 +100,7 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
         ({"model": {"activations": 1}}, "model.activations must be"),
         ({"model": {"dropout": False}}, "model.dropout must be of type float; got False"),
         ({"model": "small"}, "model must be of type ModelConfig; got 'small'"),
-        ({"agent": "ppo"}, "agent must be one of at, dt, bc, td3, td3_bc, crr, cql, iql; got 'ppo'"),
+        ({"agent": "ppo"}, "agent must be one of at, dt, ad, bc, td3, td3_bc, crr, cql, iql; got 'ppo'"),
         (
             {"model": {"layout": "Fused"}},
             "model.layout must be one of return_state_.*; got 'Fused'",

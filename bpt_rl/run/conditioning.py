@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from bpt_rl.config import ContextOrder, DataConfig
 from bpt_rl.datasets.chains import Chain, build_chain
+from bpt_rl.datasets.drawing import Drawing
 from bpt_rl.datasets.store import Store
 from bpt_rl.types import DataStatistics, Trajectory
 
@@ -67,6 +68,7 @@ def context_chains(
         random: drawn, in the order drawn.
         ascending: the same draw, ascending by return, as in training.
         shuffled: the same draw, in another random order: what ascending returns bring by themselves.
+        consecutive: a stretch of one collector's episodes, as collected, with `data.stride`.
         best: those of the largest returns, ascending; alike in all chains.
         worst: those of the smallest returns, ascending; alike in all chains.
       target_return: Asked of them, as of the episodes that will be played; training on own returns asks each for its
@@ -81,7 +83,10 @@ def context_chains(
     if order == "none":
         return None
     returns = store.returns(data.task)
-    drawn = [_drawn(returns, num_trajectories, order, seed, chain) for chain in range(num_chains)]
+    if order == "consecutive":
+        drawn = _stretches(store, data, num_trajectories, seed, num_chains)
+    else:
+        drawn = [_drawn(returns, num_trajectories, order, seed, chain) for chain in range(num_chains)]
     episodes = {i: _episode(store, data.task, i) for i in sorted({i for picked in drawn for i in picked})}
     chains: dict[tuple[int, ...], Chain] = {}
     for picked in drawn:
@@ -91,7 +96,7 @@ def context_chains(
                 data.task,
                 relabel=data.relabel,
                 completion=data.completion,
-                target_return=None if data.relabel == "own_return" else target_return,
+                target_return=target_return if data.relabel == "chain_maximum" else None,
                 order="given",
             )
     return [chains[picked] for picked in drawn]
@@ -118,13 +123,39 @@ def _drawn(
         return tuple(ranking[len(ranking) - num_trajectories :].tolist())
     if order == "worst":
         return tuple(ranking[:num_trajectories].tolist())
-    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(chain,)))
+    generator = _generator(seed, chain)
     picked: Int[np.ndarray, "N"] = generator.choice(len(returns), num_trajectories, replace=False)
     if order == "ascending":
         picked = picked[np.argsort(returns[picked], kind="stable")]
     elif order == "shuffled":
         picked = generator.permutation(picked)
     return tuple(picked.tolist())
+
+
+def _stretches(
+    store: Store, data: DataConfig, num_trajectories: int, seed: int, num_chains: int
+) -> list[tuple[int, ...]]:
+    stride = data.stride if data.draw == "consecutive" else 1
+    config = DataConfig(
+        task=data.task,
+        num_trajectories=num_trajectories,
+        draw="consecutive",
+        stride=stride,
+        order="collected",
+    )
+    drawing = Drawing(config, store.returns(data.task), np.asarray(store.lengths), store.episode_names)
+
+    def stretch(chain: int) -> tuple[int, ...]:
+        drawn = drawing.chains(
+            _generator(seed, chain), seed, first=chain, num_chains=1, size=num_trajectories
+        )
+        return tuple(drawn.picked[0].tolist())
+
+    return [stretch(chain) for chain in range(num_chains)]
+
+
+def _generator(seed: int, chain: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(chain,)))
 
 
 def _episode(store: Store, task: str, index: int) -> Trajectory:

@@ -13,32 +13,19 @@ import numpy as np
 from bpt_rl.agents.base import Agent, OfflineLearner, Params, Policy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.chains import Chain
-from bpt_rl.datasets.minari_source import UNSIMULATED
 from bpt_rl.datasets.store import Store
 from bpt_rl.run import conditioning, records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.episode_log import LogPlan
 from bpt_rl.run.evaluation_record import SCHEMA
 from bpt_rl.run.rollout import Start
+from bpt_rl.run.simulated_source import check_simulated
 from bpt_rl.run.step import init_state, make_optimizer
 from bpt_rl.run.train_td import restore_learner
 from bpt_rl.td_config import TD_AGENTS
 from bpt_rl.types import DataStatistics
-
-
-def check_simulated(source: str) -> None:
-    """Checks that a store's source is not a Minari dataset whose task has no simulator here.
-
-    Raises:
-      ValueError: If it is one.
-    """
-    if source.startswith(UNSIMULATED):
-        raise ValueError(
-            "A run can be evaluated only where its task can be simulated; there is no simulator for the Minari "
-            f"dataset {source.removeprefix(UNSIMULATED)}. Give `bpt_rl.run.evaluate.evaluate` environments of yours."
-        )
 
 
 def load_params(folder: records.RunFolder) -> tuple[Agent, Params, int]:
@@ -95,9 +82,9 @@ class EvaluatedRun:
     def check(self) -> None:
         """Refuses what would be found out only while chains are rolled out, or never."""
         config, given = self.config, self.config.num_context_trajectories
-        if self.trained.agent != "at" and (given or config.context_capacity):
+        if self.trained.agent not in CHAIN_AGENTS and (given or config.context_capacity):
             raise ValueError(
-                "Only an agentic transformer's context holds trajectories; got num_context_trajectories "
+                f"Only contexts of agents {' and '.join(CHAIN_AGENTS)} hold trajectories; got num_context_trajectories "
                 f"{given} and context_capacity {config.context_capacity} for agent {self.trained.agent!r}. Leave "
                 "them out."
             )
@@ -122,12 +109,12 @@ class EvaluatedRun:
     @property
     def is_conditioned(self) -> bool:
         """Whether the agent is asked for a return."""
-        return self.trained.agent in ("at", "dt")
+        return self.trained.agent in CONDITIONED_AGENTS
 
     @property
     def num_episodes(self) -> int:
-        """Episodes of a chain: as asked; else for `at` those of training, for the others 4."""
-        of_training = self.trained.data.num_trajectories if self.trained.agent == "at" else 4
+        """Episodes of a chain: as asked; else for `at` and `ad` those of training, for the others 4."""
+        of_training = self.trained.data.num_trajectories if self.trained.agent in CHAIN_AGENTS else 4
         return self.config.num_episodes or of_training
 
     @property
@@ -216,7 +203,7 @@ class EvaluatedRun:
     def policies(self) -> dict[str, Policy]:
         """Returns what is rolled out over whole chains, by the name of its log."""
         policies: dict[str, Policy] = {"chain": self.policy()}
-        if self.config.memoryless and self.trained.agent == "at" and self.num_episodes > 1:
+        if self.config.memoryless and self.trained.agent in CHAIN_AGENTS and self.num_episodes > 1:
             policies["memoryless"] = self.policy(clear_context=True)
         if self.config.random:
             policies["random"] = RandomPolicy(self.statistics.action_dim, self.config.seed)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import Activations, PlanConfig, TrainConfig
+from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, Activations, PlanConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.nn.attention import model_implementation
@@ -109,10 +109,10 @@ def rows_of_task(config: PlanConfig) -> Rows:
       ValueError: If a row cannot hold a whole chain, or `tokens` is no multiple of the layout's tokens a step.
     """
     domain = DOMAINS[domain_of(config.data.task)]
-    longest = config.data.window or domain.episode_steps
-    chain_steps = config.data.num_trajectories * longest
+    data, longest = config.data, min(config.data.window or domain.episode_steps, domain.episode_steps)
+    chain_steps = data.num_trajectories * longest
     chain_tokens = chain_steps * LAYOUTS[config.model.layout]
-    context_length = config.tokens or config.data.context_length or chain_tokens
+    context_length = config.tokens or data.context_length or chain_tokens
     num_steps = steps_of(context_length, config.model.layout)
     num_rows, is_one_chain_a_row = 1, True
     if not config.tokens:
@@ -120,13 +120,15 @@ def rows_of_task(config: PlanConfig) -> Rows:
         if not chains_per_row:
             raise ValueError(
                 f"context_length must hold a whole chain; got {context_length} tokens for "
-                f"{config.data.num_trajectories} trajectories of {longest} steps. Use "
+                f"{data.num_trajectories} trajectories of {longest} steps. Use "
                 f"{chain_tokens} tokens or fewer trajectories."
             )
-        num_rows = -(-config.data.batch_size // chains_per_row)
-        is_one_chain_a_row = chains_per_row == 1
+        num_rows = -(-data.batch_size // chains_per_row)
+        has_short_ones = data.window and data.window_start == "anywhere" and not data.mixture
+        fewest = min(data.mixture, default=data.num_trajectories)
+        is_one_chain_a_row = 2 * fewest * (1 if has_short_ones else longest) > num_steps
     return Rows(
-        statistics=synthetic_statistics(config.data.task, domain),
+        statistics=synthetic_statistics(data.task, domain),
         num_rows=num_rows,
         context_length=context_length,
         is_one_chain_a_row=is_one_chain_a_row,
@@ -175,9 +177,10 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
 
 
 def _workload(config: TrainConfig, rows: Rows, device: Device, num_parameters: int | None) -> Workload:
-    if config.agent == "bc":
+    if config.agent not in (*CHAIN_AGENTS, *CONDITIONED_AGENTS):
         raise ValueError(
-            "A plan must be of a transformer; got agent 'bc', whose memory no context fills. Use at or dt."
+            f"A plan must be of a transformer; got agent {config.agent!r}, whose memory no context fills. Use at, dt "
+            "or ad."
         )
     if num_parameters is None:
         shapes = jax.eval_shape(make_agent(config, rows.statistics).init, jax.random.key(0))

@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import CHAIN_AGENTS, TrainConfig
 from bpt_rl.run.records import RunFolder, log_from_json
 from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
-AGENT_TITLES = {"at": "Agentic Transformer", "dt": "Decision Transformer", "bc": "Behaviour cloning"}
+AGENT_TITLES = {
+    "at": "Agentic Transformer",
+    "dt": "Decision Transformer",
+    "ad": "Algorithm distillation",
+    "bc": "Behaviour cloning",
+}
 """In the order of the tables; other agents follow under the names of their configuration."""
-_WITH_CONTEXT = ("at", "dt")
+_WITH_CONTEXT = (*CHAIN_AGENTS, "dt")
 SCHEMA = 2
 _WITHOUT_EFFECT = ("run", "seed", "checkpoint_every", "keep_checkpoints", "log_every", "logger")
 """Fields of a run's configuration that cannot change what its agent learns, and the seed."""
@@ -144,7 +149,7 @@ class Group:
     @property
     def has_memory(self) -> bool:
         """Whether a context can hold more than one episode, so that clearing it makes a difference."""
-        return self.config.agent == "at" and self.evaluation["num_episodes"] > 1
+        return self.config.agent in CHAIN_AGENTS and self.evaluation["num_episodes"] > 1
 
     @property
     def chain_title(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from bpt_rl.config import CHAIN_AGENTS
 from bpt_rl.run import protocols, report_verdict
 from bpt_rl.run.protocols import Estimate
 from bpt_rl.run.report_groups import Group, Run, settings
@@ -126,10 +127,10 @@ def ablations(groups: Sequence[Group]) -> list[Plot]:
 
 
 def families(groups: Sequence[Group]) -> list[list[Group]]:
-    """Returns sets of AT groups that differ by their trajectory count and what must follow it alone."""
+    """Returns sets of groups with chains as context that differ by their trajectory count and what must follow it alone."""
     found: dict[str, list[Group]] = {}
     for group in groups:
-        if group.config.agent == "at":
+        if group.config.agent in CHAIN_AGENTS:
             rest = {k: v for k, v in settings(group.runs[0]).items() if k not in _FOLLOWS_COUNT}
             found.setdefault(repr(rest), []).append(group)
     return [f for f in found.values() if len({g.config.data.num_trajectories for g in f}) >= 2]

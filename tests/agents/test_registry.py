@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from bpt_rl.agents.agentic_transformer import AgenticTransformer
+from bpt_rl.agents.algorithm_distillation import AlgorithmDistillation
 from bpt_rl.agents.base import Agent, Policy
 from bpt_rl.agents.behaviour_cloning import BehaviourCloning
 from bpt_rl.agents.decision_transformer import DecisionTransformer
@@ -16,7 +17,17 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import DataConfig, ModelConfig, TrainConfig
 from bpt_rl.types import DataStatistics, PackedBatch
 
-CLASSES = {"at": AgenticTransformer, "dt": DecisionTransformer, "bc": BehaviourCloning}
+CLASSES = {
+    "at": AgenticTransformer,
+    "dt": DecisionTransformer,
+    "ad": AlgorithmDistillation,
+    "bc": BehaviourCloning,
+}
+OWN = {
+    "at": {"num_trajectories": 2},
+    "ad": {"num_trajectories": 2, "draw": "consecutive", "order": "collected"},
+}
+"""What an agent's data must be like; the others see one trajectory."""
 QUICK = {"xla_backend_optimization_level": 0}
 """Halves the compile time."""
 MODEL = ModelConfig(
@@ -39,12 +50,13 @@ STATISTICS = DataStatistics(
 )
 
 
-def make(name, **changes):
+def make(name, data=None, **changes):
+    layout = {"layout": "fused_without_return"} if name == "ad" else {}
     return make_agent(
         TrainConfig(
             agent=name,
-            data=DataConfig(num_trajectories=2 if name == "at" else 1),
-            model=dataclasses.replace(MODEL, **changes),
+            data=DataConfig(**({"num_trajectories": 1} | OWN.get(name, {}) | (data or {}))),
+            model=dataclasses.replace(MODEL, **(layout | changes)),
         ),
         STATISTICS,
     )
@@ -113,7 +125,7 @@ def test_parameters_are_float32_and_follow_the_key(name):
 
 @pytest.mark.parametrize(
     ("name", "distribution"),
-    [("at", "deterministic"), ("at", "gaussian"), ("dt", "deterministic"), ("bc", "deterministic")],
+    [(name, "deterministic") for name in CLASSES] + [("at", "gaussian")],
 )
 def test_loss_falls_on_one_batch_seen_again_and_again(name, distribution):
     agent, optimizer = make(name, action_distribution=distribution), optax.adam(1e-2)
@@ -179,6 +191,62 @@ def test_agentic_transformer_remembers_unless_its_context_is_cleared():
     assert np.abs(first - second).max() > 1e-3
     first, second = play(agent.policy(params, num_episodes=2, clear_context=True))
     np.testing.assert_array_equal(first, second)
+
+
+def test_algorithm_distillation_is_asked_for_nothing_and_sees_no_completion():
+    agent, params = make("ad"), parameters("ad")
+    other = BATCH._replace(return_to_go=BATCH.return_to_go + 9, completion=1 - BATCH.completion)
+    np.testing.assert_array_equal(agent.loss(params, other, None)[0], agent.loss(params, BATCH, None)[0])
+    # What nobody asks for is NaN in a rollout; with 0.0, the second episode would begin behind a completed one.
+    expected = play(agent.policy(params, num_episodes=2))
+    for target in (np.nan, 0.0, 99.0):
+        np.testing.assert_array_equal(play(agent.policy(params, num_episodes=2), target=target), expected)
+    assert np.abs(play(agent.policy(params, num_episodes=2), rewards=(0.0, 1.0, 0.5)) - expected).max() > 1e-3
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    # The Agentic Transformer on the same body does what it is asked for.
+    at, at_params = make("at"), parameters("at")
+    asked = [play(at.policy(at_params, num_episodes=2), target=target) for target in (2.0, 99.0)]
+    assert np.abs(asked[0] - asked[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "layout", "message"),
+    [
+        (
+            "ad",
+            {},
+            "fused",
+            "asked for no return; got layout 'fused', which carries one. Set model.layout to",
+        ),
+        (
+            "ad",
+            {"order": "ascending"},
+            "state_action_reward",
+            "got order 'ascending'. Set data.order to coll",
+        ),
+        (
+            "ad",
+            {"relabel": "own_return"},
+            "state_action_reward",
+            "none is relabelled; got relabel 'own_return'",
+        ),
+        (
+            "at",
+            {},
+            "state_action_reward",
+            "at is asked for a return, which layout 'state_action_reward' does not",
+        ),
+        (
+            "dt",
+            {},
+            "fused_without_return",
+            "dt is asked for a return, which layout 'fused_without_return' does",
+        ),
+    ],
+)
+def test_layouts_and_chains_that_do_not_fit_the_agent_are_refused(name, data, layout, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, data, layout=layout)
 
 
 def test_decision_transformer_refuses_chains():

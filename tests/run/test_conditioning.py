@@ -60,7 +60,17 @@ def test_orders_show_what_they_say(store, draw):
     assert draw(order="none", num_trajectories=0) is None
 
 
-@pytest.mark.parametrize("order", ["random", "shuffled"])
+@pytest.mark.parametrize(("stride", "num_starts"), [(1, 4), (2, 2)])
+def test_consecutive_trajectories_are_those_collected_one_after_another(store, draw, stride, num_starts):
+    returns = store.returns(TASK).tolist()
+    data = DataConfig(task=TASK, draw="consecutive", stride=stride)
+    found = returns_of(draw(data, order="consecutive", num_chains=30))
+    stretches = [returns[first : first + 2 * stride + 1 : stride] for first in range(num_starts)]
+    assert all(stretch in found for stretch in stretches)
+    assert all(row in stretches for row in found)
+
+
+@pytest.mark.parametrize("order", ["random", "shuffled", "consecutive"])
 def test_a_draw_depends_on_the_seed_and_the_chain_alone(draw, order):
     chains = returns_of(draw(order=order))
     assert returns_of(draw(order=order)) == chains

@@ -99,7 +99,16 @@ def test_parameters_and_state_are_those_of_training(agent, trained):
     assert num_bytes - (memory.parameters + memory.optimizer) == 12
 
 
-@pytest.mark.parametrize("changes", [{}, {"context_length": 800}, {"window": 20, "num_trajectories": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"context_length": 800},
+        {"window": 20, "num_trajectories": 1},
+        {"window": 20, "num_trajectories": 1, "window_start": "anywhere"},
+        {"mixture": (1, 2)},
+    ],
+)
 def test_rows_are_those_that_the_sampler_makes(changes, store_path, monkeypatch):
     # The store's episodes have 50 steps.
     domain = dataclasses.replace(DOMAINS["cartpole"], episode_steps=50)
@@ -287,6 +296,7 @@ def test_the_command_prints_each_kind_of_each_level(capsys):
     ("options", "message"),
     [
         ("bc10", "must be of a transformer; got agent 'bc'"),
+        ("td3", "must be of a transformer; got agent 'td3'"),
         ("at_small --model.implementation reference", "got implementation 'reference'. Use auto,"),
         (
             "at_small --data.context-length 3999",
