@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import DataConfig, TrainConfig
+from bpt_rl.datasets.sampling import ChainSampler
+from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.open_runs import OpenRun
 from bpt_rl.run.train import train
@@ -109,6 +112,18 @@ def test_seeds_that_are_behind_catch_up_before_all_go_on_together(td3, together,
     train_seeds([ahead, behind], lambda *_: pytest.fail("no step is left"))
 
 
+def first_loss(config, folder):
+    """The loss of the seed's own parameters, batches and dropout at the first step; each step of a batch counts."""
+    agent, key = make_agent(config, folder.statistics()), jax.random.key(config.seed)
+    loss, params, losses = jax.jit(agent.loss), agent.init(key), []
+    with Store.open(config.data.store) as store:
+        sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
+        for index in range(config.optimizer.accumulation):
+            micro_key = jax.random.fold_in(jax.random.fold_in(key, 0), index)
+            losses.append(loss(params, sampler.batch(index), micro_key)[0])
+    return np.mean(losses)
+
+
 @pytest.mark.parametrize(
     "changes", [{"agent": "at"}, {"agent": "bc", "accumulation": 2, "place": "accelerator"}]
 )
@@ -118,11 +133,11 @@ def test_agents_of_chains_trained_at_once_equal_those_trained_alone(tiny, tmp_pa
     with pytest.raises(InterruptionError):
         train_seeds(configs, interrupt_at(3))
     seen = []
-    for config, folder in zip(
-        configs, train_seeds(configs, lambda *told: seen.append(told[:2])), strict=True
-    ):
+    folders = train_seeds(configs, lambda *told: seen.append(told[:2]))
+    for config, folder in zip(configs, folders, strict=True):
         alone = train(dataclasses.replace(config, run=f"{config.run}_alone"))
         assert_same_but_for_rounding(folder, alone, read_state)
+        np.testing.assert_allclose(folder.metrics()[0]["loss"], first_loss(config, folder), rtol=1e-5)
     assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
 
 
