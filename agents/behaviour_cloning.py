@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from bpt_rl.agents.base import Params
 from bpt_rl.config import FullContext, TrainConfig
 from bpt_rl.datasets.chains import Chain
+from bpt_rl.nn.hashed_graph import HashedGraph, hashed_graph
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import ActionDistribution, action_loss
 from bpt_rl.nn.transformer import ACTIVATIONS
@@ -39,8 +40,9 @@ class Perceptron(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _act(graph: nnx.GraphDef[Perceptron], params: Params, observation: jax.Array) -> jax.Array:
-    return nnx.merge(graph, params)(observation)
+def _act(graph: HashedGraph, params: Params, observation: jax.Array) -> jax.Array:
+    action: jax.Array = graph.merge(params)(observation)
+    return action
 
 
 class BehaviourCloning:
@@ -51,6 +53,11 @@ class BehaviourCloning:
             raise ValueError(
                 "Behaviour cloning has a deterministic head only; got action_distribution "
                 f"{config.model.action_distribution!r}. Use deterministic."
+            )
+        if config.data.relabel == "expected_return":
+            raise ValueError(
+                "Behaviour cloning is asked for no return, so none is to be expected; got relabel "
+                f"{config.data.relabel!r}. Leave data.relabel out."
             )
         self._config = config
         self._normalizer = Normalizer.from_statistics(statistics, config.return_scale)
@@ -100,7 +107,7 @@ class CloningPolicy:
     """Acts on the present observation; the carry is empty."""
 
     def __init__(self, graph: nnx.GraphDef[Perceptron], params: Params, normalizer: Normalizer) -> None:
-        self._graph = graph
+        self._graph = hashed_graph(graph)
         self._params = params
         self._normalizer = normalizer
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from bpt_rl.config import FullContext
 from bpt_rl.datasets.chains import Chain, completions
 from bpt_rl.nn.context_steps import ChainEnd, empty_steps, end_of, forget_oldest, write_chains
+from bpt_rl.nn.hashed_graph import HashedGraph, hashed_graph
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
@@ -38,7 +39,7 @@ class CachedCarry(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    graph: nnx.GraphDef[Any],
+    graph: HashedGraph,
     params: Any,
     cache: KeyValueCache,
     length: jax.Array,
@@ -46,20 +47,20 @@ def _decode(
     key: jax.Array | None,
 ) -> tuple[KeyValueCache, jax.Array]:
     # The caller counts the tokens: to clear a context is to forget how many they were.
-    action, cache = nnx.merge(graph, params).decode(inputs, cache._replace(length=length))
+    action, cache = graph.merge(params).decode(inputs, cache._replace(length=length))
     return cache, action.chosen(key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(
-    graph: nnx.GraphDef[Any],
+    graph: HashedGraph,
     params: Any,
     cache: KeyValueCache,
     batch: PackedBatch,
     rows: jax.Array,
     num_steps: jax.Array,
 ) -> KeyValueCache:
-    filled: KeyValueCache = nnx.merge(graph, params).prefill(batch, cache, rows, num_steps)
+    filled: KeyValueCache = graph.merge(params).prefill(batch, cache, rows, num_steps)
     return filled
 
 
@@ -120,7 +121,7 @@ class CachedPolicy:
           first_capacity: Tokens of the smallest cache, unless the whole context needs fewer.
         """
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
-        self._graph = graph
+        self._graph = hashed_graph(graph)
         self._params = params
         self._normalizer = normalizer
         self._clear_context = clear_context

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from bpt_rl.datasets.chains import Chain, completions
 from bpt_rl.nn.context_steps import empty_steps
+from bpt_rl.nn.hashed_graph import HashedGraph, hashed_graph
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import ActionDistribution, TrajectoryModel
 from bpt_rl.types import PackedBatch
@@ -31,13 +32,13 @@ class WindowedCarry(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _last_action(
-    graph: nnx.GraphDef[TrajectoryModel],
+    graph: HashedGraph,
     params: Any,
     window: PackedBatch,
     last: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    predicted = nnx.merge(graph, params)(window)
+    predicted = graph.merge(params)(window)
     action = ActionDistribution(
         *(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
     )
@@ -71,7 +72,7 @@ class WindowedPolicy:
           sample_seed: Draw actions from the Gaussian head; their mean if None.
         """
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
-        self._graph = graph
+        self._graph = hashed_graph(graph)
         self._params = params
         self._normalizer = normalizer
         self._num_steps = window

@@ -13,6 +13,7 @@ from bpt_rl.datasets.chains import build_chain
 from bpt_rl.datasets.packing import STEP_FIELDS, pack
 from bpt_rl.nn import cached_policy
 from bpt_rl.nn.cached_policy import CachedPolicy
+from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
 from bpt_rl.types import LAYOUTS, DataStatistics, Trajectory
@@ -222,7 +223,7 @@ def test_a_step_is_written_into_the_cache_that_was_given(make):
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, 2**20))
     row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
     inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
-    compiled = cached_policy._decode.lower(graph, params, cache, index, inputs, None).compile()
+    compiled = cached_policy._decode.lower(hashed_graph(graph), params, cache, index, inputs, None).compile()
     memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
     num_bytes = 4 * arrays[0].size
     assert memory.alias_size_in_bytes >= num_bytes * len(arrays)
