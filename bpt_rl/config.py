@@ -5,6 +5,7 @@ import os
 from typing import Literal
 
 from bpt_rl.config_checks import not_negative, positive
+from bpt_rl.expected_return_config import ExpectedReturnConfig
 from bpt_rl.td_config import TDAgentName, TDConfig
 
 Layout = Literal[
@@ -228,6 +229,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     td: TDConfig = dataclasses.field(default_factory=TDConfig)
+    expected_return: ExpectedReturnConfig = dataclasses.field(default_factory=ExpectedReturnConfig)
     return_scale: Literal["largest_return", "mean_return", "none"] = "largest_return"
     """Returns-to-go are divided by this statistic of the data before they enter the model."""
     checkpoint_every: int = 1000
@@ -239,6 +241,11 @@ class TrainConfig:
     """Where metrics go beside metrics.jsonl; each needs its extra installed."""
 
     def __post_init__(self) -> None:
+        if self.data.relabel != "expected_return" and self.expected_return != ExpectedReturnConfig():
+            raise ValueError(
+                "expected_return.* is read where data.relabel is expected_return; got relabel "
+                f"{self.data.relabel!r} and {self.expected_return}. Leave expected_return.* out, or relabel so."
+            )
         positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
         not_negative(self, "seed")
 

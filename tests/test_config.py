@@ -23,6 +23,7 @@ from bpt_rl.config import (
     TrainConfig,
 )
 from bpt_rl.config_toml import from_mapping, load, preset_names, to_toml
+from bpt_rl.expected_return_config import ExpectedReturnConfig
 
 ALL = (
     ModelConfig,
@@ -38,6 +39,7 @@ ALL = (
     ExportConfig,
     PlanConfig,
     TDConfig,
+    ExpectedReturnConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, activations="keep"),
@@ -131,6 +133,9 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (OptimizerConfig, {"num_steps": 10, "warmup_steps": 10}, "warmup_steps must be smaller.*10 and 10"),
         (OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate must be positive; got nan"),
         (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay"),
+        (OptimizerConfig, {"beta2": 1.0}, r"beta2 must lie in \(0, 1\); got 1.0"),
+        (ExpectedReturnConfig, {"held_out": 1.0}, r"held_out must lie in \(0, 1\); got 1.0"),
+        (ExpectedReturnConfig, {"max_episodes": 1}, "one to measure on; got 1. Use at least 2"),
         (TrainConfig, {"log_every": 0}, "log_every must be positive"),
         (EvaluateConfig, {"target_quantile": 1.5}, "target_quantile must lie in"),
         (EvaluateConfig, {"num_episodes": -1}, "num_episodes"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -56,6 +57,7 @@ def context_chains(
     target_return: float,
     num_chains: int,
     seed: int,
+    expected_return: Path | None = None,
 ) -> list[Chain] | None:
     """Returns the trajectories that each chain's context begins with, as training would have shown them.
 
@@ -75,6 +77,7 @@ def context_chains(
         own.
       num_chains: Chains; a chain's draw does not depend on how many there are.
       seed: Of the drawing.
+      expected_return: Of a run that was relabelled by them, the expected returns-to-go of the store's steps.
 
     Raises:
       ValueError: If the number of trajectories does not fit the order or the store, or the store lacks the task.
@@ -88,6 +91,7 @@ def context_chains(
     else:
         drawn = [_drawn(returns, num_trajectories, order, seed, chain) for chain in range(num_chains)]
     episodes = {i: _episode(store, data.task, i) for i in sorted({i for picked in drawn for i in picked})}
+    expected = None if expected_return is None else np.load(expected_return, mmap_mode="r")
     chains: dict[tuple[int, ...], Chain] = {}
     for picked in drawn:
         if picked not in chains:
@@ -95,6 +99,7 @@ def context_chains(
                 [episodes[i] for i in picked],
                 data.task,
                 relabel=data.relabel,
+                expected=None if expected is None else [np.asarray(expected[i]) for i in picked],
                 completion=data.completion,
                 target_return=target_return if data.relabel == "chain_maximum" else None,
                 order="given",

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +61,8 @@ class EvaluatedRun:
     params: Params
     """Of an agent; all that a learner has learnt."""
     step: int
+    expected_return: Path | None = None
+    """What was to be expected of each step of the data, where the run was relabelled by it."""
 
     @classmethod
     def open(cls, folder: records.RunFolder, config: EvaluateConfig) -> "EvaluatedRun":
@@ -73,8 +76,15 @@ class EvaluatedRun:
         check_simulated(statistics.source)
         load = restore_learner if trained.agent in TD_AGENTS else load_params
         agent, params, step = load(folder)
+        is_expected = trained.data.relabel == "expected_return"
         subject = cls(
-            config=config, trained=trained, statistics=statistics, agent=agent, params=params, step=step
+            config=config,
+            trained=trained,
+            statistics=statistics,
+            agent=agent,
+            params=params,
+            step=step,
+            expected_return=folder.expected_return_path if is_expected else None,
         )
         subject.check()
         return subject
@@ -133,13 +143,18 @@ class EvaluatedRun:
     @functools.cached_property
     def target(self) -> tuple[float, str]:
         """The target return, and in words the rule it came from."""
-        config = self.config
-        return conditioning.target_return(
+        config, statistics = self.config, self.statistics
+        if self.expected_return is not None:
+            first = np.load(self.expected_return, mmap_mode="r")[:, 0]
+            statistics = dataclasses.replace(statistics, returns=tuple(np.sort(first).tolist()))
+        target, rule = conditioning.target_return(
             config.target_value if config.target == "explicit" else config.target,
-            self.statistics,
+            statistics,
             quantile=config.target_quantile,
             multiple=config.target_multiple,
         )
+        # Nothing that training asked for was larger.
+        return target, rule if self.expected_return is None else rule.replace("return", "expected return")
 
     def policy(self, *, clear_context: bool = False) -> Policy:
         """Returns the agent's policy; the memoryless control if its context is to be cleared."""
@@ -177,6 +192,7 @@ class EvaluatedRun:
                 target_return=target,
                 num_chains=config.num_chains,
                 seed=config.seed,
+                expected_return=self.expected_return,
             )
 
     def plan(self, name: str, target: float, num_episodes: int) -> LogPlan:
@@ -188,8 +204,9 @@ class EvaluatedRun:
             contexts=None if is_random else self.contexts(target),
             num_episodes=num_episodes,
         )
-        # What draws its actions draws for all chains at once.
-        draws = is_random or self.sample_seed is not None
+        # What draws its actions draws for all chains at once; and an accelerator takes as long for half the chains
+        # as for all, so that two halves in turns are slower there.
+        is_whole = is_random or self.sample_seed is not None or jax.default_backend() != "cpu"
         return LogPlan(
             task=self.statistics.task,
             num_episodes=num_episodes,
@@ -197,7 +214,7 @@ class EvaluatedRun:
             action_repeat=self.statistics.action_repeat,
             context=name,
             start=start,
-            num_parts=1 if draws else min(2, num_chains),
+            num_parts=1 if is_whole else min(2, num_chains),
         )
 
     def policies(self) -> dict[str, Policy]:

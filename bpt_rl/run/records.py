@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def expected_return_path(self) -> Path:
+        """Expected returns-to-go of the store's steps, where chains are relabelled by them."""
+        return self.path / "expected_return.npy"
+
+    @property
     def checkpoints_path(self) -> Path:
         """Orbax checkpoints, one folder a step."""
         return self.path / "checkpoints"

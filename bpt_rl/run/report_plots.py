@@ -94,40 +94,50 @@ def episode_curve(group: Group, index: int) -> Plot | None:
 
 def ablations(groups: Sequence[Group]) -> list[Plot]:
     """Returns two plots over the number of trajectories for each of `families`."""
+    return [
+        plot for i, family in enumerate(families(groups)) for plot in count_plots(family, f"family{i}")
+    ]
+
+
+def count_plots(family: Sequence[Group], prefix: str) -> list[Plot]:
+    """Returns mean and last, and the largest beside luck, over the number of trajectories.
+
+    Args:
+      family: Groups of several numbers of trajectories, alike in all else.
+      prefix: Of the figures' ids.
+    """
+    lines: dict[str, list[tuple[int, Estimate]]] = {}
+    samples = "; ".join(f"n={g.config.data.num_trajectories}: {_sample(g)}" for g in family)
+    for group in family:
+        size = group.config.data.num_trajectories
+        chain, control = group.logs("chain"), group.memoryless_logs()
+        lines.setdefault("mean", []).append((size, protocols.estimate("mean", chain)))
+        lines.setdefault("last", []).append((size, protocols.estimate("last", chain)))
+        lines.setdefault("max", []).append((size, protocols.estimate("max", chain)))
+        if control:
+            lines.setdefault("memoryless", []).append((size, protocols.estimate("mean", control)))
+            null = protocols.null_max_of(control, group.evaluation["num_episodes"])
+            lines.setdefault("null", []).append((size, null))
+    looks = {
+        "mean": LegendEntry("mean, context kept", "chain", "solid", "o"),
+        "last": LegendEntry("last, context kept", "s5", "dashed", "s"),
+        "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"),
+        "max": LegendEntry("largest of the context", "chain", "solid", "o"),
+        "null": LegendEntry("null max: luck alone", "null", "dashed", "s"),
+    }
     plots = []
-    for index, family in enumerate(families(groups)):
-        lines: dict[str, list[tuple[int, Estimate]]] = {}
-        samples = "; ".join(f"n={g.config.data.num_trajectories}: {_sample(g)}" for g in family)
-        for group in family:
-            size = group.config.data.num_trajectories
-            chain, control = group.logs("chain"), group.memoryless_logs()
-            lines.setdefault("mean", []).append((size, protocols.estimate("mean", chain)))
-            lines.setdefault("last", []).append((size, protocols.estimate("last", chain)))
-            lines.setdefault("max", []).append((size, protocols.estimate("max", chain)))
-            if control:
-                lines.setdefault("memoryless", []).append((size, protocols.estimate("mean", control)))
-                null = protocols.null_max_of(control, group.evaluation["num_episodes"])
-                lines.setdefault("null", []).append((size, null))
-        looks = {
-            "mean": LegendEntry("mean, context kept", "chain", "solid", "o"),
-            "last": LegendEntry("last, context kept", "s5", "dashed", "s"),
-            "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"),
-            "max": LegendEntry("largest of the context", "chain", "solid", "o"),
-            "null": LegendEntry("null max: luck alone", "null", "dashed", "s"),
-        }
-        for names, title in (
-            (("mean", "last", "memoryless"), "Mean and last"),
-            (("max", "null"), "Largest and luck"),
-        ):
-            shown = {name: lines[name] for name in names if name in lines}
-            caption = f"Bars are 95% t intervals. {samples}."
-            plot = _ablation(shown, looks, title, f"family{index}-{names[0]}")
-            plots.append(dataclasses.replace(plot, caption=caption))
+    for names, title in (
+        (("mean", "last", "memoryless"), "Mean and last"),
+        (("max", "null"), "Largest and luck"),
+    ):
+        shown = {name: lines[name] for name in names if name in lines}
+        plot = _ablation(shown, looks, title, f"{prefix}-{names[0]}")
+        plots.append(dataclasses.replace(plot, caption=f"Bars are 95% t intervals. {samples}."))
     return plots
 
 
 def families(groups: Sequence[Group]) -> list[list[Group]]:
-    """Returns sets of groups with chains as context that differ by their trajectory count and what must follow it alone."""
+    """Returns sets of groups of chains that differ by their trajectory count and what must follow it alone."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if group.config.agent in CHAIN_AGENTS:

@@ -18,6 +18,7 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import Device, this_device
+from bpt_rl.run.expected_return import prepare_expected_return
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
 from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.plan import Rows
@@ -65,12 +66,18 @@ def train_chains(
         store = stack.enter_context(Store.open(config.data.store))
         # Whatever is wrong with configuration or data shows before there is a run folder.
         statistics = store.statistics(config.data.task)
-        sampler = ChainSampler(store, config.data, config.model.layout, config.seed)
+        expected_return = None
+        if config.data.relabel == "expected_return":
+            expected_return = records.RunFolder(Path(config.run)).expected_return_path
+        sampler = ChainSampler(
+            store, config.data, config.model.layout, config.seed, expected_return=expected_return
+        )
         rows = _rows_of(sampler, statistics)
         # To each seed its share: a step takes as much for every seed.
         device = _device_beside(sampler).share(len(configs))
         choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(config))
         watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
+        agent = make_agent(watch.config, statistics)
         watch.refuse_what_is_far_beyond()
         facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
         has_layers = config.agent != "bc"
@@ -81,7 +88,9 @@ def train_chains(
             announce(f"Episodes are kept in place {sampler.choice}.")
         if announce and has_layers:
             announce(f"Activations: {choice}.")
-        agent = make_agent(watch.config, statistics)
+        expected = prepare_expected_return(store, runs)
+        if announce and expected:
+            announce(f"Expected returns: {expected}.")
         for together, start, stop in legs(runs, config.optimizer.num_steps):
             with watch.over("making the parameters"):
                 state = stacked([_state_at(start, agent, run) for run in together])
