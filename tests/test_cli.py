@@ -175,7 +175,8 @@ def test_demo_makes_data_runs_and_report(cli, tmp_path):
     )
     line = (
         f"demo --out {tmp_path}/demo --algorithms random --collect.num-steps 2000 --collect.action-repeat 50 "
-        f"--collect.num-workers 1 --ablation.axes.train.data.num-trajectories 1 {parts} --ablation.evaluate.num-chains 2"
+        f"--collect.num-workers 1 --ablation.axes.train.data.num-trajectories 1 {parts} "
+        "--ablation.evaluate.num-chains 2"
     )
     out = cli.succeed(line)
     assert out.endswith(f"Report: {tmp_path}/demo/report.html\n")

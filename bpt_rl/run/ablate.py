@@ -87,7 +87,7 @@ def ablate(
         from bpt_rl.run.ablation_table import write_tables
 
         write_tables(cells, folder)
-        write_page(cells, folder, command=command)
+        write_page(config, cells, folder, command=command)
         folder.write_stamp(stamp)
     return GridResult(cells=cells, folder=folder, failures=work.failures())
 

@@ -1,10 +1,172 @@
-"""The page."""
+"""The page of a grid: one HTML file that needs nothing else, no network and no script to be read."""
 
-from collections.abc import Sequence
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from bpt_rl import config_toml
+from bpt_rl.ablate_config import GridConfig
+from bpt_rl.run import ablation_plots, report_page, report_plots, report_tables
+from bpt_rl.run.ablation_groups import (
+    TASK,
+    CellGroup,
+    axes_of,
+    families,
+    family_title,
+    read_groups,
+)
+from bpt_rl.run.ablation_verdict import verdict
 from bpt_rl.run.grid import Cell
 from bpt_rl.run.grid_folder import GridFolder
+from bpt_rl.run.records import write_atomically
+from bpt_rl.run.report_numbers import count
+from bpt_rl.run.report_svg import Plot
+
+MOST_PLOTS = 16
+"""Of a section and a task; of a grid with more, the first are drawn."""
 
 
-def write_page(cells: Sequence[Cell], folder: GridFolder, *, command: str = "") -> None:
-    """Writes the page."""
+def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *, command: str = "") -> None:
+    """Writes the page of a grid's finished cells.
+
+    Args:
+      config: The grid.
+      cells: Its cells.
+      folder: Theirs.
+      command: Command line that repeats it.
+    """
+    groups = read_groups(config, cells, folder)
+    axes = list(axes_of(config).values())
+    tasks: dict[str, list[CellGroup]] = {}
+    for group in groups:
+        tasks.setdefault(group.task, []).append(group)
+    sections = [("Cells that are not finished", _unfinished(cells, folder))]
+    number = 0
+    for index, (task, some) in enumerate(tasks.items()):
+        own = [
+            (f"{heading}{f': {task}' if len(tasks) > 1 else ''}", content)
+            for heading, content in (
+                ("Returns", report_tables.results([g.group for g in some], first=number)),
+                ("How many trajectories", _plots(_count_plots(some, f"t{index}"))),
+                ("Return within the context", _plots(_curves(some, f"t{index}"))),
+                ("How the axes act together", _plots(ablation_plots.interactions(some, axes, f"t{index}i"))),
+                ("What it took", _costs(some, f"t{index}c")),
+            )
+        ]
+        sections += own
+        number += len(some)
+    runs = [run for group in groups for run in group.group.runs]
+    sections += [
+        ("Episodes that the simulator ended", report_tables.failures([g.group for g in groups])),
+        ("Versions", _versions(groups)),
+        ("To repeat it", _repeat(config, groups, command)),
+    ]
+    title = f"{', '.join(tasks) or 'A grid'}: {', '.join(axis.title for axis in axes if axis.name != TASK)}"
+    subtitle = f"{count(len(cells), 'cell')}, {len(runs)} of them finished."
+    page = report_page.page(title, subtitle, verdict(groups, axes), sections)
+    write_atomically(folder.page_path, page)
+
+
+def _plots(found: Sequence[Plot]) -> str:
+    left = len(found) - MOST_PLOTS
+    note = (
+        f'<p class="note">{left} more are not drawn; their numbers are in table.csv.</p>' if left > 0 else ""
+    )
+    return report_page.plots(found[:MOST_PLOTS]) + note
+
+
+def _count_plots(groups: Sequence[CellGroup], prefix: str) -> list[Plot]:
+    found = []
+    for index, family in enumerate(families(groups)[:MOST_PLOTS]):
+        for plot in report_plots.count_plots([g.group for g in family], f"{prefix}n{index}"):
+            found.append(_titled(plot, f"{plot.title}, {family_title(family)}"))
+    return found
+
+
+def _titled(plot: Plot, title: str) -> Plot:
+    return Plot(plot.svg, title, plot.alt, plot.caption, plot.legend)
+
+
+def _curves(groups: Sequence[CellGroup], prefix: str) -> list[Plot]:
+    several = families(groups)
+    plots = [ablation_plots.curves_by_count(family, f"{prefix}e{i}") for i, family in enumerate(several)]
+    in_family = {id(group) for family in several for group in family}
+    alone = [group.group for group in groups if id(group) not in in_family]
+    plots += [report_plots.episode_curve(group, f"{prefix}{i}") for i, group in enumerate(alone)]
+    return [plot for plot in plots if plot is not None]
+
+
+def _costs(groups: Sequence[CellGroup], prefix: str) -> str:
+    head = [
+        "Policy",
+        *("Gradient steps", "Tokens", "Training, s", "Evaluation, s", "Peak memory, GiB", "Device"),
+    ]
+    rows = [report_tables.text_row(group.group.title, list(_cost_cells(group))) for group in groups]
+    note = (
+        "Means over seeds. Time of a training is that of the steps that count: what an interruption undid is left out, "
+        "compilation is not; seeds trained together share theirs. Memory is the largest that its process ever had, "
+        "of the accelerator or of the host without one, and left out where an earlier cell of that process had more."
+    )
+    lines = {family_title(family): family for family in families(groups)}
+    plot = ablation_plots.cost_plot(dict(list(lines.items())[:7]), prefix)
+    table = report_tables.table("What it took", "plain", head, ["".join(rows)])
+    return f'{table}<p class="note">{html.escape(note)}</p>{report_page.plots([plot])}'
+
+
+def _cost_cells(group: CellGroup) -> Iterator[str]:
+    for name, digits in (
+        ("gradient_steps", ",.0f"),
+        ("tokens", ",.0f"),
+        ("training_seconds", ",.1f"),
+        ("evaluation_seconds", ",.1f"),
+    ):
+        value = ablation_plots.mean_cost(group, name)
+        yield "–" if value is None else format(value, digits)  # noqa: RUF001
+    memory = ablation_plots.mean_cost(group, "peak_memory_bytes")
+    yield "–" if memory is None else f"{memory / 2**30:.2f}"  # noqa: RUF001
+    yield ", ".join(dict.fromkeys(str(cost["device"]) for cost in group.costs))
+
+
+def _unfinished(cells: Sequence[Cell], folder: GridFolder) -> str:
+    done = folder.finished()
+    rows = []
+    for cell in cells:
+        if cell.address not in done:
+            failure = folder.failure(cell.address)
+            words = (failure["error"], str(failure["tries"])) if failure else ("not run yet", "0")
+            rows.append(report_tables.text_row(cell.title, list(words)))
+    if not rows:
+        return ""
+    table = report_tables.table("Cells", "plain", ["Cell", "Why", "Tries"], ["".join(rows)])
+    return f"<p>{count(len(rows), 'cell')} of {len(cells)}; the same command tries them again.</p>{table}"
+
+
+def _versions(groups: Sequence[CellGroup]) -> str:
+    columns: dict[str, Mapping[str, Any]] = {}
+    for group in groups:
+        for run in group.group.runs:
+            versions = (run.evaluation or {}).get("versions", {})
+            columns.setdefault(repr(versions), versions)
+    flat = [
+        {**v.get("packages", {}), **{k: x for k, x in v.items() if isinstance(x, str)}}
+        for v in columns.values()
+    ]
+    names = list(dict.fromkeys(name for values in flat for name in values))
+    rows = [report_tables.text_row(n.replace("_", " "), [str(v.get(n, "–")) for v in flat]) for n in names]  # noqa: RUF001
+    head = ["Package", *(f"Set {i + 1}" if len(flat) > 1 else "All cells" for i in range(len(flat)))]
+    return report_tables.table("Versions", "plain", head, ["".join(rows)]) if rows else ""
+
+
+def _repeat(config: GridConfig, groups: Sequence[CellGroup], command: str) -> str:
+    parts = [f"<pre>{html.escape(command)}</pre>"] if command else []
+    parts.append(
+        f"<details><summary>The grid</summary><pre>{html.escape(config_toml.to_toml(config))}</pre></details>"
+    )
+    for index, group in enumerate(groups):
+        lines = "\n".join(
+            f"{run.folder.path}  result {address}"
+            for run, address in zip(group.group.runs, group.addresses, strict=True)
+        )
+        title = html.escape(f"{group.task}, {group.group.title}")
+        parts.append(f'<h3 id="repeat-{index}">{title}</h3><pre>{html.escape(lines)}</pre>')
+    return "".join(parts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
-from bpt_rl.config import EvaluateConfig, TrainConfig
+from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, EvaluateConfig, TrainConfig
 from bpt_rl.config_toml import flat
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.evaluation_record import SCHEMA
@@ -133,8 +133,8 @@ def _resolved(config: GridConfig, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _equalise(config: GridConfig, settings: dict[str, Any]) -> None:
     counts = next((axis[_COUNT] for axis in config.every_axis() if _COUNT in axis), ())
-    if not counts:
-        return
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+        return  # The cell itself says what is wrong with such a count.
     total = settings.get(_BATCH, TrainConfig().data.batch_size) * max(counts)
     settings[_BATCH], rest = divmod(total, settings[_COUNT])
     if rest:
@@ -153,9 +153,9 @@ def _is_read(agent: str, name: str) -> bool:
             return group not in ("data", "model", "optimizer") or rest in READ_FIELDS
         return group != "td"
     if room == "evaluate" and rest in _OF_CONTEXT:
-        return agent == "at"
+        return agent in CHAIN_AGENTS
     if room == "evaluate" and rest in _OF_TARGET:
-        return agent in ("at", "dt")
+        return agent in CONDITIONED_AGENTS
     return True
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from bpt_rl.run.job import Job, Outcome, Runner, run_job
 
@@ -17,6 +17,7 @@ class Ended:
     outcomes: Sequence[Outcome]
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """Runs jobs somewhere; a context manager, which takes everything down that it started."""
 

@@ -57,7 +57,7 @@ def loss_curves(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
     )
 
 
-def episode_curve(group: Group, index: int) -> Plot | None:
+def episode_curve(group: Group, index: int | str) -> Plot | None:
     """Returns return against episode index within the context, or None if a context holds one episode."""
     if group.evaluation["num_episodes"] < 2:
         return None
@@ -94,9 +94,7 @@ def episode_curve(group: Group, index: int) -> Plot | None:
 
 def ablations(groups: Sequence[Group]) -> list[Plot]:
     """Returns two plots over the number of trajectories for each of `families`."""
-    return [
-        plot for i, family in enumerate(families(groups)) for plot in count_plots(family, f"family{i}")
-    ]
+    return [plot for i, family in enumerate(families(groups)) for plot in count_plots(family, f"family{i}")]
 
 
 def count_plots(family: Sequence[Group], prefix: str) -> list[Plot]:

@@ -56,12 +56,17 @@ def number_cell(number: ReportedNumber | None, label: str = "") -> str:
     return f'<td data-label="{html.escape(label, quote=True)}">{number.render()}</td>' if number else NOTHING
 
 
-def results(groups: Sequence[Group]) -> str:
-    """Returns the table of returns: each group beside its control, then random actions and the data."""
+def results(groups: Sequence[Group], *, first: int = 0) -> str:
+    """Returns the table of returns: each group beside its control, then random actions and the data.
+
+    Args:
+      groups: Of one task.
+      first: Number of the first group's commands on the page.
+    """
     if not groups:
         return ""
     head = [f"{name}<small>{what}</small>" for name, what in _COLUMNS.values()]
-    bodies = [_group_rows(group, index) for index, group in enumerate(groups)]
+    bodies = [_group_rows(group, index) for index, group in enumerate(groups, first)]
     reference = report_verdict.subject(groups)
     random = {name: report_verdict.number(reference, name, "random") for name in _COLUMNS}
     if any(random.values()):

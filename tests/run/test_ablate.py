@@ -1,45 +1,68 @@
-import dataclasses
-import shutil
+"""Running a grid: real cells in this process, made-up ones (`benchmarks/stub_cells.py`) in processes that die."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from bpt_rl.ablate_config import AblateConfig
-from bpt_rl.config import BuildConfig, DataConfig, EvaluateConfig, TrainConfig
-from bpt_rl.datasets.build import build_store
-from bpt_rl.run.ablate import ablate, cells
+from bpt_rl import config_toml
+from bpt_rl.ablate_config import GridConfig
+from bpt_rl.config import DataConfig, EvaluateConfig, TrainConfig
+from bpt_rl.run.ablate import ablate, describe_result
+from bpt_rl.run.cell import train_and_evaluate
+from bpt_rl.run.grid import expand
+from bpt_rl.run.grid_folder import GridFolder
+from bpt_rl.run.launcher_local import LocalLauncher, Slot, slots
+from bpt_rl.run.launchers import InlineLauncher
 from bpt_rl.run.records import RunFolder
 
-
-class InterruptionError(Exception):
-    pass
-
-
-def grid_of(**changes):
-    train = TrainConfig(data=DataConfig(batch_size=2, task="cartpole_balance"))
-    return AblateConfig(**({"out": "grid", "num_trajectories": (1, 2, 4), "train": train} | changes))
+COUNT, SEED = "train.data.num_trajectories", "train.seed"
+STUBS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_equal_tokens_give_every_cell_as_many_trajectories_a_batch():
-    made = list(cells(grid_of(seeds=(0, 3))))
-    assert [cell.run for cell in made] == [
-        f"grid/at_n{count}_seed{seed}" for seed in (0, 3) for count in (1, 2, 4)
-    ]
-    assert [cell.seed for cell in made] == [0, 0, 0, 3, 3, 3]
-    assert [cell.data.num_trajectories for cell in made[:3]] == [1, 2, 4]
-    assert [cell.data.batch_size for cell in made[:3]] == [8, 4, 2]
-    assert {cell.data.task for cell in made} == {"cartpole_balance"}
+@pytest.fixture(scope="module")
+def stubs():
+    spec = importlib.util.spec_from_file_location("stub_cells", STUBS / "stub_cells.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_equal_gradient_steps_give_every_cell_as_many_chains_a_batch():
-    made = list(cells(grid_of(equal="gradient_steps", num_trajectories=(3, 4))))
-    assert [(cell.data.num_trajectories, cell.data.batch_size) for cell in made] == [(3, 2), (4, 2)]
+@pytest.fixture
+def made_up(store_path, tmp_path, monkeypatch):
+    """A grid of made-up cells; what plays them in other processes finds its way and writes a log."""
+    paths = os.pathsep.join(filter(None, (str(STUBS), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", paths)
+    monkeypatch.setenv("STUB_LOG", str(tmp_path / "played"))
+
+    def make(**changes):
+        data = DataConfig(store=str(store_path), task="cartpole_balance", batch_size=2)
+        values = {"out": str(tmp_path / "grid"), "axes": {COUNT: (1, 2), SEED: (0, 1)}}
+        return GridConfig(**(values | {"train": TrainConfig(data=data)} | changes))
+
+    return make
 
 
-def test_a_batch_that_is_no_whole_number_of_chains_is_refused_before_anything_is_trained(tmp_path):
-    grid = grid_of(out=str(tmp_path / "grid"), num_trajectories=(3, 4))
-    with pytest.raises(ValueError, match=r"got 8 trajectories a batch and chains of 3\. Use counts"):
-        ablate(grid)
-    assert not list(tmp_path.iterdir())
+def played(tmp_path):
+    return [line.split()[0] for line in (tmp_path / "played").read_text().splitlines()]
+
+
+def inline(runner, told=None):
+    return lambda jobs: InlineLauncher(runner, told)
+
+
+def local(config, runner, number=2):
+    places = [Slot(environment={}) for _ in range(number)]
+    return lambda jobs: LocalLauncher(places, GridFolder(Path(config.out)).logs_path, f"stub_cells:{runner}")
+
+
+def not_called(jobs):
+    raise AssertionError(jobs)
 
 
 def files(path, pattern="**/*"):
@@ -49,61 +72,182 @@ def files(path, pattern="**/*"):
 def test_cells_are_trained_and_evaluated_once_and_an_interrupted_grid_goes_on(
     tiny, tmp_path, store_path, environments
 ):
-    store = shutil.copy(store_path, tmp_path / "store.h5")
+    evaluate = EvaluateConfig(num_chains=3, num_episodes=1, memoryless=False, random=False)
+    axes = {COUNT: (1, 2)}
+    runner = functools.partial(train_and_evaluate, environments=environments)
+
+    def grid(out, axes=axes):
+        # The perceptron compiles fastest.
+        train = tiny("", agent="bc")
+        return GridConfig(out=str(tmp_path / out), axes=axes, train=train, evaluate=evaluate)
+
+    def stop_within_the_second_cell(done):
+        # Its third of six steps; the training is four fifths of a job.
+        if done >= 1 + 0.8 * 3 / 6:
+            raise KeyboardInterrupt
+
+    config = grid("grid")
     out = tmp_path / "grid"
-    train = tiny("", store=str(store))
-    evaluate = EvaluateConfig(num_chains=3, memoryless=False, random=False)
-    grid = AblateConfig(out=str(out), num_trajectories=(1, 2), train=train, evaluate=evaluate)
-    first, second = out / "at_n1_seed0", out / "at_n2_seed0"
-
-    def stop_within_the_second_cell(done, total):
-        assert total == 12
-        if done == 6 + 3:
-            raise InterruptionError
-
-    with pytest.raises(InterruptionError):
-        ablate(grid, environments=environments, report_progress=stop_within_the_second_cell)
+    first, second = (out / "cells" / cell.train.run for cell in expand(config))
+    with pytest.raises(KeyboardInterrupt):
+        ablate(config, inline(runner, stop_within_the_second_cell))
     finished = files(first)
     assert len(files(first, "evaluations/*.json")) == 1
     assert not files(second, "evaluations/*.json")
 
     progress = []
-    folders = ablate(
-        grid,
-        environments=environments,
-        report_progress=lambda done, _: progress.append(done),
-        command="again",
-    )
-    assert folders == [first, second]
+    result = ablate(config, inline(runner, progress.append), command="again")
+    assert result.run_folders == [first, second]
     # The first cell is passed over; the second goes on behind its checkpoint of step 2.
-    assert progress == [6, 9, 10, 11, 12, 12]
+    assert progress == pytest.approx([0, *(0.8 * step / 6 for step in (3, 4, 5, 6)), 0.8])
     assert files(first) == finished
     assert [line["step"] for line in RunFolder(second).metrics()] == [1, 2, 3, 4, 5, 6]
     for path, count in ((first, 1), (second, 2)):
         [record] = RunFolder(path).evaluations()
-        assert (record["num_trajectories"], record["num_episodes"], record["step"]) == (count, count, 6)
+        assert (record["num_trajectories"], record["step"]) == (count, 6)
 
     everything = files(out)
-    assert ablate(grid, environments=environments) == folders
+    assert ablate(config, not_called).cells == result.cells
     assert files(out) == everything
+    uninterrupted = ablate(grid("other"), inline(runner))
+    assert uninterrupted.folder.table_path.read_bytes() == result.folder.table_path.read_bytes()
 
-    # Another evaluation: evaluated again, not trained again.
-    other = dataclasses.replace(grid, evaluate=dataclasses.replace(evaluate, target_multiple=0.5))
-    for _ in range(2):
-        ablate(other, environments=environments)
-        for path in folders:
-            assert len(files(path, "evaluations/*.json")) == 2
-            assert RunFolder(path).evaluations()[-1]["target_rule"].endswith("times 0.5")
-    assert files(out, "*/checkpoints/**/*") == {
-        p: v for p, v in everything.items() if "checkpoints" in p.parts
-    }
+    # Another evaluation: evaluated again, not trained again, beside the first.
+    other = grid("grid", axes={**axes, "evaluate.seed": (1_000_000, 7)})
+    result = ablate(other, inline(runner))
+    assert (len(result.cells), result.run_folders) == (4, [first, second])
+    for path in (first, second):
+        assert len(files(path, "evaluations/*.json")) == 2
+        assert {record["environment_seed"] for record in RunFolder(path).evaluations()} == {1_000_000, 7}
+    checkpoints = {p: v for p, v in everything.items() if "checkpoints" in p.parts}
+    assert files(out, "cells/*/checkpoints/**/*") == checkpoints
 
-    # Other data below the same name: no cell of it is mixed with finished ones.
-    buffer = store_path.parent / "cartpole" / "ornstein_uhlenbeck" / "buffer"
-    build_store(
-        BuildConfig(
-            source=(str(buffer),), out=str(store), action_repeat=20, subset="first-5-episodes", num_workers=1
-        )
+
+def test_a_cell_that_fails_is_tried_twice_and_named_at_the_end(made_up, stubs, tmp_path):
+    config = made_up()
+    result = ablate(config, inline(stubs.fail))
+    assert [f.cell.title for f in result.failures] == [
+        "num_trajectories 1, seed 1",
+        "num_trajectories 2, seed 1",
+    ]
+    text = describe_result(result)
+    assert text.startswith("2 of 4 cells are finished.")
+    assert "2 failed, each tried twice" in text
+    assert "num_trajectories 1, seed 1: FloatingPointError: seed 1 never ends well" in text
+    failure = result.folder.failure(result.failures[0].cell.address)
+    assert failure["tries"] == 2
+    assert "Traceback" in failure["details"]
+    assert "seed 1 never ends well" in result.folder.page_path.read_text()
+    assert len(result.folder.table_path.read_text().splitlines()) > 20
+    # The same command tries it again.
+    again = ablate(config, inline(stubs.play))
+    assert again.failures == []
+    assert result.folder.failure(result.failures[0].cell.address) is None
+    assert len(played(tmp_path)) == 4
+
+
+def test_a_process_that_dies_loses_its_cell_alone_and_the_table_stays_the_same(made_up, stubs, tmp_path):
+    config = made_up()
+    result = ablate(config, local(config, "die_once"))
+    assert (result.failures, len(played(tmp_path))) == ([], 4)
+    whole = ablate(made_up(out=str(tmp_path / "whole")), inline(stubs.play))
+    assert whole.folder.table_path.read_bytes() == result.folder.table_path.read_bytes()
+
+    config = made_up(out=str(tmp_path / "dead"))
+    result = ablate(config, local(config, "die"))
+    assert {f.cell.train.seed for f in result.failures} == {1}
+    assert len(result.failures) == 2
+    assert "its process ended with signal SIGKILL, perhaps out of memory" in result.failures[0].error
+    assert "about to die" in result.failures[0].details
+
+
+def test_two_processes_with_one_folder_run_every_cell_once(made_up, stubs, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_SECONDS", "0.05")
+    config = made_up(axes={COUNT: (1, 2), SEED: tuple(range(10))})
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "from bpt_rl import config_toml\n"
+        "from bpt_rl.ablate_config import GridConfig\n"
+        "from bpt_rl.run.ablate import ablate\n"
+        "from bpt_rl.run.launchers import InlineLauncher\n"
+        "import stub_cells\n"
+        "config = config_toml.load(GridConfig, sys.argv[1])\n"
+        "pathlib.Path(sys.argv[1] + '.ready').touch()\n"
+        "ablate(config, lambda jobs: InlineLauncher(stub_cells.play))\n"
     )
-    with pytest.raises(ValueError, match="goes on with the data it began with"):
-        ablate(other, environments=environments)
+    (tmp_path / "grid.toml").write_text(config_toml.to_toml(config))
+    other = subprocess.Popen([sys.executable, str(script), str(tmp_path / "grid.toml")])
+    while not (tmp_path / "grid.toml.ready").exists():
+        assert other.poll() is None
+        time.sleep(0.01)
+    result = ablate(config, inline(stubs.play))
+    assert other.wait(60) == 0
+    assert sorted(played(tmp_path)) == sorted(cell.address for cell in result.cells)
+    processes = {line.split()[1] for line in (tmp_path / "played").read_text().splitlines()}
+    assert processes == {str(other.pid), str(os.getpid())}
+    table = result.folder.table_path.read_bytes()
+    whole = made_up(axes=config.axes, out=str(tmp_path / "whole"))
+    assert ablate(whole, inline(stubs.play)).folder.table_path.read_bytes() == table
+
+
+class _Recorder(InlineLauncher):
+    """Keeps the jobs that it is given."""
+
+    def __init__(self, runner):
+        super().__init__(runner)
+        self.jobs = []
+
+    def start(self, job):
+        self.jobs.append(job)
+        super().start(job)
+
+
+def test_cells_that_differ_in_their_seed_alone_are_trained_together(made_up, stubs):
+    config = made_up(axes={COUNT: (1, 2), SEED: (0, 1, 2)}, seeds_at_once=2)
+    recorder = _Recorder(stubs.fail)
+    result = ablate(config, lambda jobs: recorder)
+    found = [
+        [(t["config"]["data"]["num_trajectories"], t["config"]["seed"]) for t in job.trainings]
+        for job in recorder.jobs
+    ]
+    # Seeds whose training fails together are tried again alone.
+    assert found[:4] == [[(1, 0), (1, 1)], [(1, 2)], [(2, 0), (2, 1)], [(2, 2)]]
+    assert sorted(found[4:]) == [[(1, 0)], [(1, 1)], [(2, 0)], [(2, 1)]]
+    assert [(f.cell.train.data.num_trajectories, f.cell.train.seed) for f in result.failures] == [
+        (1, 1),
+        (2, 1),
+    ]
+
+
+def test_seeds_trained_together_come_out_as_cells_of_their_own(tiny, tmp_path, environments):
+    evaluate = EvaluateConfig(num_chains=3, num_episodes=1, memoryless=False, random=False)
+    base = GridConfig(
+        out=str(tmp_path), axes={SEED: (0, 1)}, train=tiny("", agent="bc"), evaluate=evaluate, seeds_at_once=2
+    )
+    result = ablate(base, inline(functools.partial(train_and_evaluate, environments=environments)))
+    assert [RunFolder(path).config().seed for path in result.run_folders] == [0, 1]
+    rows = result.folder.costs_path.read_text().splitlines()
+    names = rows[0].split(",")
+    assert [row.split(",")[names.index("trained_together")] for row in rows[1:]] == ["2", "2"]
+    assert [row.split(",")[names.index("gradient_steps")] for row in rows[1:]] == ["6", "6"]
+
+
+def test_processes_share_devices_or_cores(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    made = slots(0, 2, job_memory=1)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in made] == ["2", "2", "5", "5"]
+    assert {slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in made} == {"0.4750"}
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(3, 1, job_memory=1)] == ["2", "5", "2"]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [slot.cores for slot in slots(0, 1, job_memory=1)] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    # No more processes than memory has room for, but one at least.
+    assert len(slots(0, 1, job_memory=1 << 60)) == 1
+
+
+def test_a_cell_without_a_result_has_failed(made_up):
+    result = ablate(made_up(axes={}), inline(lambda job, report: None))
+    assert [f.error for f in result.failures] == ["RuntimeError: the cell ended without a result"]

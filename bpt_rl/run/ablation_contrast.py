@@ -1,0 +1,109 @@
+"""One group of a grid against another: how much better, and how much of that the context accounts for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from bpt_rl.run import protocols, statistics
+from bpt_rl.run.protocols import Basis, Estimate
+from bpt_rl.run.report_groups import Group
+from bpt_rl.run.report_numbers import ReportedNumber, reported
+from bpt_rl.run.report_verdict import judged
+from bpt_rl.run.statistics import Moment
+from bpt_rl.types import EpisodeLog
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A group less a base, by the protocol that the group is judged by."""
+
+    protocol: str
+    gain: ReportedNumber
+    """Context kept."""
+    control: ReportedNumber | None
+    """The memoryless controls of both; None if one was not rolled out."""
+    by_context: ReportedNumber | None
+    """What keeping the context brings the group, less what it brings the base: the gain less the control's."""
+
+
+def contrast(group: Group, base: Group) -> Contrast:
+    """Returns how a group differs from a base, with 95% intervals, paired by seed where both have the same."""
+    name = judged(group)
+    ours, theirs = group.logs("chain"), base.logs("chain")
+    own_control, base_control = group.memoryless_logs(), base.memoryless_logs()
+    gain = protocols.difference(name, ours, theirs)
+    control = by_context = None
+    if own_control and base_control:
+        control = protocols.difference(name, own_control, base_control)
+        by_context = _beyond(name, group, base)
+
+    def shown(estimate: Estimate | None, words: str) -> ReportedNumber | None:
+        return None if estimate is None else _reported(group, base, estimate, f"{name}, {words}")
+
+    found = shown(gain, f"{group.short_title} less {base.short_title}")
+    if found is None:
+        raise ValueError("A contrast needs the log `chain` of both groups; one has none. Evaluate it again.")
+    return Contrast(
+        protocol=name,
+        gain=found,
+        control=shown(control, "memoryless controls' difference"),
+        by_context=shown(by_context, "difference less that of the memoryless controls"),
+    )
+
+
+def _beyond(name: str, group: Group, base: Group) -> Estimate:
+    logs = [group.logs("chain"), group.memoryless_logs(), base.logs("chain"), base.memoryless_logs()]
+    per_seed = [[_level(name, log) for log in some] for some in logs]
+    count = sum(log.returns.shape[0] for log in logs[0])
+    basis: Basis = "chains" if len(logs[0]) == 1 else "seeds"
+    if len({len(some) for some in per_seed}) == 1 and len(per_seed[0]) > 1:
+        kept, cleared, base_kept, base_cleared = (np.array(some) for some in per_seed)
+        found = statistics.moment((kept - cleared) - (base_kept - base_cleared))
+        return Estimate(found.value, *statistics.t_interval(found), count, name, "seeds")
+    # An agent without memory is its own control: there is no difference, and nothing to be uncertain of.
+    parts = [
+        statistics.less(_moment(name, some[0]), _moment(name, some[1]))
+        for some, one in ((logs[:2], group), (logs[2:], base))
+        if one.has_memory
+    ]
+    if not parts:
+        return Estimate(0.0, 0.0, 0.0, count, name, basis)
+    found = parts[0] if len(parts) == 1 else statistics.less(parts[0], parts[1])
+    if not group.has_memory:
+        found = dataclasses.replace(found, value=-found.value)
+    return Estimate(found.value, *statistics.t_interval(found), count, name, basis)
+
+
+def _level(name: str, log: EpisodeLog) -> float:
+    return float(protocols.per_chain(name, log).mean())
+
+
+def _moment(name: str, logs: Sequence[EpisodeLog]) -> Moment:
+    if len(logs) == 1:
+        return statistics.moment(protocols.per_chain(name, logs[0]))
+    return statistics.moment(np.array([_level(name, log) for log in logs]))
+
+
+def _reported(group: Group, base: Group, estimate: Estimate, title: str) -> ReportedNumber:
+    subsets = dict.fromkeys(str(g.evaluation["data"]["subset"]) for g in (group, base))
+    return reported(
+        estimate,
+        subset=" and ".join(subsets),
+        num_seeds=min(len(group.runs), len(base.runs)),
+        num_chains=group.evaluation["num_chains"],
+        num_episodes=group.evaluation["num_episodes"],
+        protocol=title,
+        num_failures=sum(len(g.failures(name)) for g in (group, base) for name in ("chain", "memoryless")),
+        signed=True,
+    )
+
+
+def scores(group: Group) -> dict[int, Float[np.ndarray, "C"]]:
+    """Returns what the protocol that a group is judged by reads from each chain, by training seed."""
+    name = judged(group)
+    logs = group.logs("chain")
+    return {
+        run.config.seed: protocols.per_chain(name, log) for run, log in zip(group.runs, logs, strict=True)
+    }
