@@ -62,6 +62,8 @@ class Drawing:
         ascending = ascending[is_drawn[ascending]]
         self.eligible = ascending[len(ascending) - max(1, round(config.top_fraction * len(ascending))) :]
         """Episodes that may be drawn, ascending by return."""
+        self._epoch: tuple[int, int, Int[np.ndarray, "_"]] = (-1, -1, self.eligible)
+        self._starts_by_size: dict[int, Int[np.ndarray, "_"]] = {}
         self._check()
 
     def _check(self) -> None:
@@ -149,23 +151,45 @@ class Drawing:
         if draw == "consecutive":
             starts, stride = self._starts(size), self._config.stride
             start = int(starts[generator.integers(len(starts))])
-            return np.sort(eligible)[start : start + (size - 1) * stride + 1 : stride]
-        weights = self._weights if draw == "by_length" else None
-        picked: Int[np.ndarray, "N"] = generator.choice(eligible, size, replace=False, p=weights)
+            return self._collected[start : start + (size - 1) * stride + 1 : stride]
+        if draw == "by_length":
+            return self._by_length(generator, size)
+        picked: Int[np.ndarray, "N"] = generator.choice(eligible, size, replace=False)
         return picked
 
+    def _by_length(self, generator: np.random.Generator, size: int) -> Int[np.ndarray, "N"]:
+        """Returns the episodes of steps drawn all alike; an episode drawn again does not count."""
+        picked: dict[int, None] = {}
+        while len(picked) < size:
+            step = generator.integers(self._ends[-1])
+            picked[int(self.eligible[self._ends.searchsorted(step, side="right")])] = None
+        return np.array(list(picked))
+
     @functools.cached_property
-    def _weights(self) -> Float[np.ndarray, "_"]:
-        lengths = self._lengths[self.eligible]
-        weights: Float[np.ndarray, "_"] = lengths / lengths.sum()
-        return weights
+    def _ends(self) -> Int[np.ndarray, "_"]:
+        """Where each of the episodes that may be drawn would end if they lay one behind another."""
+        return np.cumsum(self._lengths[self.eligible])
+
+    @functools.cached_property
+    def _collected(self) -> Int[np.ndarray, "_"]:
+        """Episodes that may be drawn, in the order of collection."""
+        return np.sort(self.eligible)
 
     def _shuffled(self, seed: int, epoch: int) -> Int[np.ndarray, "_"]:
-        # A third word keeps this stream apart from those of batches, which have two.
-        shuffled: Int[np.ndarray, "_"] = np.random.default_rng([seed, epoch, 1]).permutation(self.eligible)
-        return shuffled
+        """Returns the order of an epoch; that of the last one asked for is kept."""
+        held = (
+            self._epoch
+        )  # Read once: samplers of several seeds share it, and may draw in threads of their own.
+        if held[:2] != (seed, epoch):
+            # A third word keeps this stream apart from those of batches, which have two.
+            order = np.random.default_rng([seed, epoch, 1]).permutation(self.eligible)
+            held = self._epoch = (seed, epoch, order)
+        return held[2]
 
     def _starts(self, size: int) -> Int[np.ndarray, "_"]:
         """Returns where, in the order of collection, a stretch of so many episodes of one collector can begin."""
-        history, reach = self._history[np.sort(self.eligible)], (size - 1) * self._config.stride
-        return np.flatnonzero(history[: len(history) - reach] == history[reach:])
+        if size not in self._starts_by_size:
+            history, reach = self._history[self._collected], (size - 1) * self._config.stride
+            starts = np.flatnonzero(history[: len(history) - reach] == history[reach:])
+            self._starts_by_size[size] = starts
+        return self._starts_by_size[size]

@@ -26,6 +26,13 @@ def test_by_length_draws_every_step_of_the_data_alike():
     counts = np.bincount(draw(make(num_trajectories=1, draw="by_length"), 7200, size=1).picked.ravel())
     # Multiples of 50; standard deviation at most 38. Five of those.
     np.testing.assert_allclose(counts, 7200 * LENGTHS / LENGTHS.sum(), atol=190)
+    # Of the second of two, the chance given the first is in proportion to the lengths that are left.
+    pairs = draw(make(draw="by_length", order="collected"), 9000).picked
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+    share = LENGTHS / LENGTHS.sum()
+    chance = share[6] * share[7] * (1 / (1 - share[6]) + 1 / (1 - share[7]))
+    # Standard deviation 31; five of those.
+    assert abs((pairs == [6, 7]).all(axis=1).sum() - 9000 * chance) < 155
 
 
 def test_without_replacement_every_episode_comes_once_before_any_comes_again():
