@@ -301,13 +301,16 @@ class EvaluateConfig:
     """Seed of the environments and of drawn actions; training never uses it."""
     num_workers: int = 0
     """Simulator processes; 0 means one a core."""
+    max_environments: int = 128
+    """Environments at once, unless there are more chains: a policy that knows nothing of the episodes before plays a
+    chain's episodes side by side."""
     memoryless: bool = True
     """Also roll out the control: the same checkpoint, its context cleared before each episode."""
     random: bool = True
     """Also roll out uniform-random actions."""
 
     def __post_init__(self) -> None:
-        positive(self, "num_chains", "target_multiple", "sweep_episodes")
+        positive(self, "num_chains", "target_multiple", "sweep_episodes", "max_environments")
         not_negative(
             self, "num_episodes", "num_workers", "seed", "num_context_trajectories", "context_capacity"
         )

@@ -10,9 +10,9 @@ from bpt_rl.envs import tasks
 from bpt_rl.envs.shared_arrays import Board
 
 
-def start_seed(seed: int, environment: int, episode: int) -> int:
+def start_seed(seed: int, chain: int, episode: int) -> int:
     """Returns the seed that `tasks.make` begins an episode of `make_vector` with; it depends on these three alone."""
-    return int(np.random.SeedSequence([seed, environment, episode]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, chain, episode]).generate_state(1)[0])
 
 
 class Part(NamedTuple):
@@ -31,6 +31,8 @@ class Moment(NamedTuple):
 
     environment: int
     seed: int
+    chain: int
+    """Whose episodes it plays: usually those of its own number."""
     episode: int
     actions: Float[np.ndarray, "t A"]
 
@@ -77,7 +79,7 @@ class EpisodeGroup:
 
     def _begin(self, moment: Moment) -> None:
         environment = self._environments[moment.environment]
-        environment.seed(start_seed(moment.seed, moment.environment, moment.episode))
+        environment.seed(start_seed(moment.seed, moment.chain, moment.episode))
         time_step = environment.reset()
         for action in moment.actions:
             time_step = environment.step(action)

@@ -50,6 +50,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._seed = seed
         self._needs_reset = True
         self._pending: list[Part] = []
+        self._chain = np.arange(num_environments)
         self._episode = np.full(num_environments, -1)
         self._played: list[list[Float[np.ndarray, "A"]]] = [[] for _ in range(num_environments)]
         board = Board.make(
@@ -90,17 +91,20 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         seed: int,
         episode: Int[np.ndarray, "N"],
         played: Sequence[Float[np.ndarray, "_ A"]] | None = None,
+        chain: Int[np.ndarray, "N"] | None = None,
     ) -> Float32[np.ndarray, "N O"]:
         """Returns the observation of every environment in an episode of its own.
 
         Args:
           seed: Of the start states.
-          episode: Index of each environment's episode; it starts from (seed, environment, episode) alone.
+          episode: Index of each environment's episode in its chain; it starts from (seed, chain, episode) alone.
           played: Actions that each environment's episode has had; none means it just begins.
+          chain: Chain whose episodes each environment plays; those of its own index if None.
         """
         while self._pending:
             self.receive(self._pending[0])
         self._seed, self._episode = seed, np.array(episode)
+        self._chain = np.arange(self.num_envs) if chain is None else np.array(chain)
         self._played = [list(actions) for actions in played] if played else [[] for _ in self._episode]
         self._simulators.send("begin", [self._moments(group) for group in self._simulators.groups])
         self._simulators.receive()
@@ -171,6 +175,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             Moment(
                 int(i),
                 self._seed,
+                int(self._chain[i]),
                 int(self._episode[i]),
                 np.array(self._played[i]).reshape(-1, self._action.shape[1]),
             )

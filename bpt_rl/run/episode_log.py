@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.vector import VectorEnv
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bpt_rl.agents.base import Policy
 from bpt_rl.envs import tasks
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogPlan:
-    """What a log is to hold: chains of episodes, each chain in an environment of its own."""
+    """What a log is to hold: chains of episodes, each chain in an environment of its own or in several."""
 
     task: str
     num_episodes: int
@@ -36,6 +36,23 @@ class LogPlan:
     start: Start
     num_parts: int = 1
     """Parts that chains act in: see `rollout`."""
+    width: int = 1
+    """Environments that share the episodes of a chain, a divisor of num_episodes: for a policy that knows nothing of
+    the episodes before, which need not come one after another."""
+
+    @property
+    def num_environments(self) -> int:
+        """Environment i plays for chain i modulo num_chains."""
+        return self.num_chains * self.width
+
+    def widened(self, most: int) -> "LogPlan":
+        """Returns the same plan in as many environments as there may be at most, or in one for each chain."""
+        fits = [k for k in range(1, self.num_episodes + 1) if self.num_chains * k <= most]
+        width = max([1, *(k for k in fits if self.num_episodes % k == 0)])
+        index, chain = np.divmod(np.arange(self.num_chains * width), self.num_chains)
+        share = self.num_episodes // width
+        start = dataclasses.replace(self.start, num_episodes=share, chain=chain, first_episode=index * share)
+        return dataclasses.replace(self, width=width, start=start)
 
     @property
     def episode_steps(self) -> int:
@@ -77,7 +94,7 @@ def play(
     writer = None
     if journal:
         writer = JournalWriter(
-            journal, plan.context, num_environments=plan.num_chains, block_steps=plan.episode_steps
+            journal, plan.context, num_environments=plan.num_environments, block_steps=plan.episode_steps
         )
     try:
         return _play(policy, environments, plan, report_progress, writer)
@@ -116,31 +133,39 @@ class _Count:
         self._plan = plan
         self._returns = np.zeros((plan.num_chains, plan.num_episodes))
         self._num_steps = np.zeros((plan.num_chains, plan.num_episodes), np.int64)
-        self._finished = np.zeros(plan.num_chains, np.int64)
+        self._share = plan.num_episodes // plan.width
+        self._finished = np.zeros(plan.num_environments, np.int64)
         self._failures: list[EpisodeFailure] = []
         self._first_chain: list[list[tuple[Any, Any]]] = [[] for _ in range(plan.num_episodes)]
 
     @property
     def num_finished(self) -> int:
         """Episodes that every chain has finished."""
-        return int(self._finished.min())
+        return int(self._finished.min()) * self._plan.width
 
     def add(self, transition: Transition) -> None:
-        """Counts a step of some chains; those that are finished play on for nothing."""
-        is_counted = self._finished[transition.environment] < self._plan.num_episodes
-        chains = transition.environment[is_counted]
-        episodes = self._finished[chains]
+        """Counts a step of some environments; those that are finished play on for nothing."""
+        is_counted = self._finished[transition.environment] < self._share
+        environments = transition.environment[is_counted]
+        chains, episodes = self._places(environments)
         self._returns[chains, episodes] += transition.reward[is_counted]
-        for chain, reason in transition.failures.items():
-            if chain in chains:
-                step = int(self._num_steps[chain, self._finished[chain]])
-                self._failures.append(EpisodeFailure(chain, int(self._finished[chain]), step, reason))
+        for environment, reason in transition.failures.items():
+            for i in np.flatnonzero(environments == environment):
+                chain, episode = int(chains[i]), int(episodes[i])
+                step = int(self._num_steps[chain, episode])
+                self._failures.append(EpisodeFailure(chain, episode, step, reason))
         self._num_steps[chains, episodes] += 1
-        if 0 in chains:
-            [row] = np.flatnonzero(transition.environment == 0)
-            step_of_first = transition.action[row], transition.reward[row]
-            self._first_chain[self._finished[0]].append(step_of_first)
-        self._finished[chains] += transition.done[is_counted]
+        for i in np.flatnonzero(chains == 0):
+            action, reward = transition.action[is_counted][i], transition.reward[is_counted][i]
+            self._first_chain[episodes[i]].append((action, reward))
+        self._finished[environments] += transition.done[is_counted]
+
+    def _places(
+        self, environments: Int[np.ndarray, "B"]
+    ) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
+        """Returns the chains that environments play for, and their present episodes there."""
+        index, chains = np.divmod(environments, self._plan.num_chains)
+        return chains, index * self._share + self._finished[environments]
 
     def log(self, seconds: float) -> EpisodeLog:
         """Returns what has been counted."""

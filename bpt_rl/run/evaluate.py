@@ -1,11 +1,12 @@
 """Evaluation in DMC: chains of episodes in one context, beside the controls that give them a meaning."""
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def evaluate_run(
     Args:
       path: Run folder.
       config: What to roll out.
-      environments: To be used again; must fit task, action repeat and number of chains.
+      environments: To be used again; must fit task, action repeat and number of chains; there are then no more of them.
       command: Command line that repeats this.
       report_progress: Told of finished episodes.
 
@@ -102,18 +103,22 @@ def evaluate_run(
       ValueError: If the agent or the data do not fit the configuration.
     """
     folder = records.RunFolder(path)
+    if environments is not None:
+        config = dataclasses.replace(config, max_environments=environments.num_envs)
     subject = EvaluatedRun.open(folder, config)
     target, _ = subject.target
     journal = EvaluationJournal(folder.evaluations_path, subject.journal_key())
-    with _environments(environments, subject.statistics, config) as simulated:
+    with _Simulated(environments, subject.statistics, config) as simulated:
 
         def logged(policy: Policy, plan: LogPlan) -> EpisodeLog:
             return journal.log(plan.context) or _play(policy, simulated, plan, report_progress, journal)
 
-        logs = {
-            name: logged(policy, subject.plan(name, target, subject.num_episodes))
-            for name, policy in subject.policies().items()
-        }
+        logs = {}
+        for name, policy in subject.policies().items():
+            plan = subject.plan(name, target, subject.num_episodes)
+            logs[name] = logged(
+                policy, plan.widened(config.max_environments) if subject.forgets(name) else plan
+            )
         sweep = [
             logged(subject.policy(), subject.plan(f"sweep_{i}", target * multiple, config.sweep_episodes))
             for i, multiple in enumerate(config.target_sweep)
@@ -173,33 +178,40 @@ def _record(
     }
 
 
-@contextlib.contextmanager
-def _environments(
-    given: VectorEnv | None, statistics: DataStatistics, config: EvaluateConfig
-) -> Iterator[VectorEnv]:
-    """Yields the environments given, or makes some once they are needed."""
-    if given is not None:
-        if not isinstance(given, DMCVectorEnv):
+class _Simulated(contextlib.ExitStack):
+    """The environments of an evaluation: those given, or some of its own, of each number that is needed."""
+
+    def __init__(self, given: VectorEnv | None, statistics: DataStatistics, config: EvaluateConfig) -> None:
+        super().__init__()
+        if given is not None and not isinstance(given, DMCVectorEnv):
             raise ValueError(
                 f"A run must be evaluated in environments of make_vector; got {type(given).__name__}. Pass none, or "
                 "call bpt_rl.run.evaluate.evaluate."
             )
-        yield given
-        return
-    made = make_vector(
-        statistics.task, config.num_chains, config.seed, statistics.action_repeat, config.num_workers
-    )
-    with contextlib.closing(made):
-        yield made
+        self._given, self._statistics, self._config = given, statistics, config
+        self._made: dict[int, VectorEnv] = {}
+
+    def of(self, num_environments: int) -> VectorEnv:
+        """Returns so many environments."""
+        if self._given is not None:
+            return self._given
+        if num_environments not in self._made:
+            task, action_repeat = self._statistics.task, self._statistics.action_repeat
+            made = make_vector(
+                task, num_environments, self._config.seed, action_repeat, self._config.num_workers
+            )
+            self._made[num_environments] = self.enter_context(contextlib.closing(made))
+        return self._made[num_environments]
 
 
 def _play(
     policy: Policy,
-    environments: VectorEnv,
+    simulated: "_Simulated",
     plan: LogPlan,
     report_progress: Progress | None,
     journal: EvaluationJournal,
 ) -> EpisodeLog:
+    environments = simulated.of(plan.num_environments)
     log, (first, last) = play(policy, environments, plan, report_progress=report_progress, journal=journal)
     if plan.context == "chain":
         journal.keep_episodes(

@@ -217,6 +217,11 @@ class EvaluatedRun:
             num_parts=1 if is_whole else min(2, num_chains),
         )
 
+    def forgets(self, name: str) -> bool:
+        """Returns whether the policy of that log knows nothing of the episodes before, and of no given context."""
+        knows = self.trained.agent in CHAIN_AGENTS and name not in ("memoryless", "random")
+        return not knows and self.config.context_order == "none"
+
     def policies(self) -> dict[str, Policy]:
         """Returns what is rolled out over whole chains, by the name of its log."""
         policies: dict[str, Policy] = {"chain": self.policy()}

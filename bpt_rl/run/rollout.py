@@ -90,6 +90,10 @@ class Start:
     """What each environment's context holds before its first episode; None for nothing."""
     num_episodes: int | None = None
     """Episodes after which an environment is finished; a part goes on until all of its own are. None never ends."""
+    chain: Int[np.ndarray, "N"] | None = None
+    """Chain whose episodes each environment plays; its own index if None."""
+    first_episode: Int[np.ndarray, "N"] | None = None
+    """Index in its chain of the first episode of each environment; 0 if None."""
 
 
 class _Part:
@@ -127,7 +131,7 @@ class _Lockstep:
     def __init__(self, environments: VectorEnv) -> None:
         self._environments = environments
 
-    def begin(self, seed: int, episode: Any, played: Any) -> Float[np.ndarray, "N O"]:
+    def begin(self, seed: int, episode: Any, played: Any, chain: Any) -> Float[np.ndarray, "N O"]:
         return np.asarray(self._environments.reset(seed=seed)[0])
 
     def send(self, actions: Float[np.ndarray, "N A"], part: Part) -> None:
@@ -164,18 +168,20 @@ def rollout(
       ValueError: If environments of another maker are to act in parts or to go on.
     """
     num_environments = environments.num_envs
-    if not isinstance(environments, DMCVectorEnv) and (num_parts > 1 or played):
+    if not isinstance(environments, DMCVectorEnv) and (num_parts > 1 or played or start.chain is not None):
         raise ValueError(
-            "Only environments of make_vector can act in parts or go on where others were; got "
-            f"{type(environments).__name__}. Use num_parts=1 and nothing played."
+            "Only environments of make_vector can act in parts, go on where others were or share a chain; got "
+            f"{type(environments).__name__}. Use num_parts=1, nothing played and each its own chain."
         )
     simulated = environments if isinstance(environments, DMCVectorEnv) else _Lockstep(environments)
     places = [Part(first, num_parts) for first in range(num_parts)]
     parts = {place: _Part(policy, place.environments(num_environments), start) for place in places}
     if played:
         yield from _replay(parts.values(), played)
-    running = played.running() if played else (np.zeros(num_environments, np.int64), None)
-    first = simulated.begin(start.seed, *running)
+    episode, actions = played.running() if played else (np.zeros(num_environments, np.int64), None)
+    if start.first_episode is not None:
+        episode = episode + start.first_episode
+    first = simulated.begin(start.seed, episode, actions, start.chain)
     yield from _play(simulated, parts, first)
 
 

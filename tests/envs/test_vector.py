@@ -249,7 +249,7 @@ def test_an_error_in_a_worker_carries_its_traceback():
     ):
         environments.begin(0, np.zeros(2, int), [np.zeros((1, 1)), np.zeros((0, 1))])
         # Actions of another shape, past the check of `step`.
-        environments._simulators.send("begin", [[Moment(0, 0, 0, np.zeros((1, 3)))]])
+        environments._simulators.send("begin", [[Moment(0, 0, 0, 0, np.zeros((1, 3)))]])
         environments._simulators.receive()
 
 

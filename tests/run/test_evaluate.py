@@ -14,13 +14,15 @@ from bpt_rl.envs import tasks
 from bpt_rl.envs.episodes import start_seed
 from bpt_rl.run import protocols, records
 from bpt_rl.run.conditioning import context_chains
+from bpt_rl.run.episode_log import LogPlan, _Count, play
 from bpt_rl.run.evaluate import evaluate, evaluate_run
 from bpt_rl.run.evaluated_run import EvaluatedRun, load_params
 from bpt_rl.run.evaluation_record import describe_record
 from bpt_rl.run.film_sources import run_episodes
-from bpt_rl.run.rollout import Start, rollout
+from bpt_rl.run.rollout import Start, Transition, rollout
 from bpt_rl.run.train import train
 from bpt_rl.td_config import TDConfig
+from bpt_rl.types import EpisodeFailure
 
 TASK = "cartpole_swingup"
 CONFIG = EvaluateConfig(num_chains=3, seed=11)
@@ -117,6 +119,52 @@ def test_every_policy_begins_every_episode_in_the_same_states(environments):
     assert np.abs(one[0][0] - one[0][1]).max() > 0
 
 
+def test_environments_made_play_side_by_side_the_episodes_that_given_ones_play_one_after_another(
+    record, run_path, monkeypatch
+):
+    played = []
+    monkeypatch.setattr(
+        "bpt_rl.run.evaluate.play", lambda *args, **kwargs: played.append(args) or play(*args, **kwargs)
+    )
+    wide = evaluate_run(run_path, dataclasses.replace(CONFIG, num_workers=2))
+    assert wide["logs"].keys() == record["logs"].keys()
+    assert [(plan.context, plan.width, environments.num_envs) for _, environments, plan in played] == [
+        ("chain", 1, 3),
+        ("memoryless", 2, 6),
+        ("random", 2, 6),
+    ]
+    for context in ("chain", "memoryless"):
+        np.testing.assert_allclose(log_of(wide, context).returns, log_of(record, context).returns, rtol=1e-5)
+
+
+def test_every_step_of_episodes_side_by_side_counts_for_its_own():
+    plan = LogPlan(
+        task=TASK, num_episodes=4, num_chains=2, action_repeat=20, context="random", start=Start(seed=0)
+    ).widened(5)
+    assert (plan.width, plan.start.num_episodes) == (2, 2)
+    assert plan.start.chain.tolist() == [0, 1, 0, 1]
+    assert plan.start.first_episode.tolist() == [0, 0, 2, 2]
+    count = _Count(plan)
+    everyone = np.arange(4)
+    for t in range(4):
+        count.add(
+            Transition(
+                observation=np.zeros((4, 5)),
+                return_to_go=np.zeros(4),
+                action=10.0 * t + everyone[:, None],
+                reward=10.0 * t + everyone,
+                done=np.full(4, t % 2 == 1),
+                environment=everyone,
+                failures={3: "fell"} if t == 2 else {},
+            )
+        )
+    log, (first, last) = count.log(0.0), count.episodes()
+    assert log.returns.tolist() == [[10, 50, 14, 54], [12, 52, 16, 56]]
+    assert log.failures == (EpisodeFailure(1, 3, 0, "fell"),)
+    assert [first.action.tolist(), last.action.tolist()] == [[[0], [10]], [[22], [32]]]
+    assert (first.episode, last.episode, last.seed) == (0, 3, start_seed(0, 0, 3))
+
+
 def test_memoryless_is_a_fresh_policy_in_each_episode_and_the_chain_is_not(record, run_path, environments):
     agent, params, step = load_params(records.RunFolder(run_path))
     assert step == record["step"] == 6
@@ -137,13 +185,6 @@ def test_memoryless_is_a_fresh_policy_in_each_episode_and_the_chain_is_not(recor
     chain = log_of(record, "chain").returns
     np.testing.assert_allclose(chain[:, 0], returns[:, 0], rtol=1e-5)
     assert np.abs(chain[:, 1] - returns[:, 1]).min() > 1e-3
-
-
-def test_making_environments_gives_what_reused_ones_give(record, run_path):
-    made = evaluate_run(run_path, dataclasses.replace(CONFIG, num_workers=2))
-    assert made["logs"].keys() == record["logs"].keys()
-    for context in made["logs"]:
-        np.testing.assert_array_equal(log_of(made, context).returns, log_of(record, context).returns)
 
 
 def test_an_evaluation_is_strict_json_that_reads_back_as_its_logs(record, run_path):

@@ -96,7 +96,7 @@ def interrupted(path, environments, name, num_done, **changes):
 def killed(path, block):
     """Kills the real command soon after it has written a block, at a moment that differs between test runs."""
     command = [sys.executable, "-m", "bpt_rl", "evaluate", str(path), "--num-chains", "2", "--seed", "11"]
-    command += ["--num-episodes", "3", "--num-workers", "1"]
+    command += ["--num-episodes", "3", "--num-workers", "1", "--max-environments", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((path / "evaluations").glob(f"unfinished_*/{block}")):
         assert process.poll() is None

@@ -141,5 +141,5 @@ def test_environments_of_another_maker_are_played_too_but_not_in_parts(watched, 
     for one, other in zip(rollout(Watcher(), foreign, START), transitions[:60], strict=False):
         np.testing.assert_array_equal(one.observation, other.observation)
         np.testing.assert_array_equal(one.done, other.done)
-    with pytest.raises(ValueError, match="act in parts or go on where others were; got Foreign"):
+    with pytest.raises(ValueError, match="go on where others were or share a chain; got Foreign"):
         next(rollout(Watcher(), foreign, START, num_parts=2))
