@@ -95,7 +95,9 @@ def test_training_and_evaluation_ask_for_what_was_expected(folder, store_path, e
     for row, t in starts:
         label = labels[first[tuple(np.asarray(batch.observation)[row, t])]]
         np.testing.assert_array_equal(batch.return_to_go[row, t : t + 50], label[:50])
-    asked = EvaluateConfig(num_chains=3, random=False, context_order="best", num_context_trajectories=1)
+    asked = EvaluateConfig(
+        num_chains=3, num_episodes=1, random=False, context_order="best", num_context_trajectories=1
+    )
     record = evaluate_run(folder.path, asked, environments=environments)
     assert record["target_return"] == labels[:, 0].max()
     assert record["target_rule"] == "largest expected return in the data"
