@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 HEADER = """\
-# What CI installs and tests: every package of `.[dev,video,minari]` on Linux x86-64, for each supported Python.
+# What CI installs and tests: every package of `.[dev,video,minari,ray]` on Linux x86-64, for each supported Python.
 # Written by .ci/constraints.py, which says how to run it; edit pyproject.toml instead of this file.
 """
 
@@ -23,7 +23,7 @@ def frozen(interpreter: str) -> tuple[str, dict[str, str]]:
         python = str(Path(folder) / "bin" / "python")
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", "--upgrade", "pip"], check=True, stdout=sys.stderr)
-        subprocess.run([*pip, "install", "--quiet", ".[dev,video,minari]"], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, "install", "--quiet", ".[dev,video,minari,ray]"], check=True, stdout=sys.stderr)
         subprocess.run([*pip, "install", "--quiet", "--no-deps", "dm_control"], check=True, stdout=sys.stderr)
         command = [*pip, "freeze", "--exclude", "bpt-rl", "--exclude", "setuptools"]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -103,6 +103,27 @@ class Chromium:
         os.close(self._write)
         self._folder.cleanup()
 
+    def requests(self) -> list[str]:
+        """Returns what the tab asked for since the last `open`, as the browser itself reports it."""
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event.get("method") == "Network.requestWillBeSent"
+        ]
+
+    def complaints(self) -> list[Any]:
+        """Returns errors on the console, in the log or thrown by the script since the last `open`."""
+        found = []
+        for event in self.events:
+            kind, values = event.get("method"), event.get("params", {})
+            if kind == "Runtime.exceptionThrown" or (
+                kind == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert")
+            ):
+                found.append(values)
+            if kind == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
+                found.append(values["entry"]["text"])
+        return found
+
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Returns what a method of the DevTools protocol answers."""
         number = next(self._numbers)

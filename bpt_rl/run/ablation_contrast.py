@@ -17,7 +17,7 @@ from bpt_rl.types import EpisodeLog
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """A group less a base, by the protocol that the group is judged by."""
+    """A group less a base, by the last episode if one of them keeps several in context, else by their mean."""
 
     protocol: str
     gain: ReportedNumber
@@ -30,7 +30,7 @@ class Contrast:
 
 def contrast(group: Group, base: Group) -> Contrast:
     """Returns how a group differs from a base, with 95% intervals, paired by seed where both have the same."""
-    name = judged(group)
+    name = judged(group if group.has_memory else base)
     ours, theirs = group.logs("chain"), base.logs("chain")
     own_control, base_control = group.memoryless_logs(), base.memoryless_logs()
     gain = protocols.difference(name, ours, theirs)

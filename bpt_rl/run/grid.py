@@ -11,7 +11,6 @@ from typing import Any
 from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, EvaluateConfig, TrainConfig
-from bpt_rl.config_toml import flat
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.evaluation_record import SCHEMA
 from bpt_rl.run.simulated_source import check_simulated
@@ -72,14 +71,13 @@ def expand(config: GridConfig) -> list[Cell]:
             raise ValueError(
                 f"An axis must be a setting of a cell; got {name!r}. Nearest valid one: {near!r}."
             )
-    stores = _Stores()
-    cells = (_cell(config, values, stores) for values in _combinations(config))
+    stores, fixed = _Stores(), _Fixed(config)
+    cells = (_cell(config, fixed.below(values), values, stores) for values in _combinations(config))
     return list({cell.address: cell for cell in cells}.values())
 
 
 def _setting_names() -> list[str]:
-    train, evaluate = dataclasses.asdict(TrainConfig()), dataclasses.asdict(EvaluateConfig())
-    names = [*flat(train, "train."), *flat(evaluate, "evaluate.")]
+    names = [*_fields(TrainConfig(), "train."), *_fields(EvaluateConfig(), "evaluate.")]
     return ["preset", *(name for name in names if name not in ("train.run", "evaluate.num_workers"))]
 
 
@@ -92,8 +90,10 @@ def _combinations(config: GridConfig) -> Iterator[dict[str, Any]]:
         yield {name: value for part in parts for name, value in part.items()}
 
 
-def _cell(config: GridConfig, values: Mapping[str, Any], stores: "_Stores") -> Cell:
-    settings = _resolved(config, values)
+def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any], stores: "_Stores") -> Cell:
+    settings = {**fixed, **{name: value for name, value in values.items() if name != "preset"}}
+    if config.equal == "tokens" and settings.get("train.agent") not in TD_AGENTS:
+        _equalise(config, settings)
     agent = settings.get("train.agent", TrainConfig().agent)
     read = {name: value for name, value in settings.items() if _is_read(agent, name)}
     try:
@@ -102,9 +102,9 @@ def _cell(config: GridConfig, values: Mapping[str, Any], stores: "_Stores") -> C
         words = ", ".join(f"{name} = {value!r}" for name, value in values.items())
         raise ValueError(f"{error} (In the cell of {words or 'all defaults'}.)") from error
     digest = stores.digest(made.train.data.store, made.train.data.task)
-    content = {k: v for k, v in flat(dataclasses.asdict(made.train)).items() if k not in _NO_PART}
+    content = {name: value for name, value in _fields(made.train).items() if name not in _NO_PART}
     training = _address([CELL_SCHEMA, digest, content])
-    asked = dataclasses.asdict(dataclasses.replace(made.evaluate, num_workers=0))
+    asked = {name: value for name, value in _fields(made.evaluate).items() if name != "num_workers"}
     return Cell(
         values={name: value for name, value in values.items() if _is_read(agent, name)},
         train=dataclasses.replace(made.train, run=f"{_readable(made.train)}-{training[:10]}"),
@@ -114,21 +114,31 @@ def _cell(config: GridConfig, values: Mapping[str, Any], stores: "_Stores") -> C
     )
 
 
-def _resolved(config: GridConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a cell's settings by dotted name: the preset's, below those of the grid, below those of its axes."""
-    settings: dict[str, Any] = {}
-    if preset := values.get("preset"):
-        settings |= flat(dataclasses.asdict(config_toml.load(TrainConfig, preset)), "train.")
-    for prefix, own, default in (
-        ("train.", config.train, TrainConfig()),
-        ("evaluate.", config.evaluate, EvaluateConfig()),
-    ):
-        said, unsaid = flat(dataclasses.asdict(own), prefix), flat(dataclasses.asdict(default), prefix)
-        settings |= {name: value for name, value in said.items() if value != unsaid[name]}
-    settings |= {name: value for name, value in values.items() if name != "preset"}
-    if config.equal == "tokens" and settings.get("train.agent") not in TD_AGENTS:
-        _equalise(config, settings)
-    return settings
+class _Fixed:
+    """What lies below the axes: the settings of the grid that are not the default, over those of a preset."""
+
+    def __init__(self, config: GridConfig) -> None:
+        said = {**_fields(config.train, "train."), **_fields(config.evaluate, "evaluate.")}
+        unsaid = {**_fields(TrainConfig(), "train."), **_fields(EvaluateConfig(), "evaluate.")}
+        self._own = {name: value for name, value in said.items() if value != unsaid[name]}
+        self._presets: dict[str, dict[str, Any]] = {}
+
+    def below(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings by dotted name."""
+        preset = values.get("preset", "")
+        if preset and preset not in self._presets:
+            self._presets[preset] = _fields(config_toml.load(TrainConfig, preset), "train.")
+        return self._presets.get(preset, {}) | self._own
+
+
+def _fields(owner: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of nested dataclasses by dotted name; `asdict` copies, a thousand cells over a second long."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        is_group = dataclasses.is_dataclass(value)
+        found |= _fields(value, f"{prefix}{field.name}.") if is_group else {prefix + field.name: value}
+    return found
 
 
 def _equalise(config: GridConfig, settings: dict[str, Any]) -> None:

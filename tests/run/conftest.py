@@ -1,7 +1,9 @@
 """A small store of real cartpole episodes and one run trained on it, shared by the tests of this folder."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -125,6 +127,20 @@ def assert_same_bits():
             assert a.tobytes() == b.tobytes(), path
 
     return check
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; a test that asks for it is skipped where there is none."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "report_pictures.py"
+    spec = importlib.util.spec_from_file_location("report_pictures", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    program = tool.find_chromium()
+    if program is None:
+        pytest.skip(f"none of {', '.join(tool.PROGRAMS)} is installed")
+    with tool.Chromium(program) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,9 @@
 
 import base64
 import dataclasses
-import importlib.util
 import json
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from bpt_rl.run import report_groups, report_page, report_seeds, report_tables, 
 from bpt_rl.run.report import write_report
 from bpt_rl.types import EpisodeFailure
 
-PICTURES = Path(__file__).resolve().parents[2] / "benchmarks" / "report_pictures.py"
 GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 FAILURE = EpisodeFailure(chain=1, episode=0, step=412, reason="the state is not finite")
 RUNS = [("dt", 0), ("dt", 1), ("dt", 2), ("at", 0), ("at", 1), ("at", 2), ("bc", 0)]
@@ -229,59 +226,19 @@ def test_every_group_leads_to_the_commands_of_its_numbers(text):
     assert "dt_0" not in commands[0][2]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("report_pictures", PICTURES)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def browser(tool):
-    program = tool.find_chromium()
-    if program is None:
-        pytest.skip(f"none of {', '.join(tool.PROGRAMS)} is installed")
-    with tool.Chromium(program) as made:
-        yield made
-
-
-def requests(browser):
-    """What the tab asked for, as the browser itself reports it."""
-    return [
-        event["params"]["request"]["url"]
-        for event in browser.events
-        if event.get("method") == "Network.requestWillBeSent"
-    ]
-
-
-def complaints(browser):
-    """Errors on the console, in the log or thrown by the script."""
-    found = []
-    for event in browser.events:
-        kind, values = event.get("method"), event.get("params", {})
-        if kind == "Runtime.exceptionThrown" or (
-            kind == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert")
-        ):
-            found.append(values)
-        if kind == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
-            found.append(values["entry"]["text"])
-    return found
-
-
 def test_browser_sees_requests_and_errors_where_there_are_some(browser, page):
     bad = page.with_name("bad.html")
     bad.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("no"); undefined_name</script>')
     browser.open(bad.as_uri(), width=800, height=600)
-    assert requests(browser) == [bad.as_uri(), "http://127.0.0.1:9/x.png"]
-    assert len(complaints(browser)) >= 2
+    assert browser.requests() == [bad.as_uri(), "http://127.0.0.1:9/x.png"]
+    assert len(browser.complaints()) >= 2
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_is_drawn_without_complaint_or_request(browser, page, width):
     browser.open(page.as_uri(), width=width, height=900, dark=width == 390)
-    assert complaints(browser) == []
-    assert [url for url in requests(browser) if not url.startswith("data:")] == [page.as_uri()]
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
     # Tables may scroll within the page; the page itself may not.
     assert browser.run("document.documentElement.scrollWidth") == width
     plots = browser.run(

@@ -1,0 +1,180 @@
+"""The page and the tables of a grid: made-up returns (`benchmarks/stub_cells.py`), real intervals."""
+
+import csv
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bpt_rl.ablate_config import GridConfig
+from bpt_rl.config import DataConfig, TrainConfig
+from bpt_rl.run import protocols, statistics
+from bpt_rl.run.ablate import ablate
+from bpt_rl.run.ablation_contrast import contrast
+from bpt_rl.run.ablation_groups import axes_of, families, read_groups
+from bpt_rl.run.launchers import InlineLauncher
+
+STUBS = Path(__file__).resolve().parents[2] / "benchmarks" / "stub_cells.py"
+
+
+@pytest.fixture(scope="module")
+def stubs():
+    spec = importlib.util.spec_from_file_location("stub_cells", STUBS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def grid_of(store_path, out, **changes):
+    data = DataConfig(store=str(store_path), task="cartpole_balance", batch_size=2)
+    axes = {
+        "train.data.task": ("cartpole_balance", "cartpole_swingup"),
+        "train.data.draw": ("uniform", "return_stratified"),
+        "train.data.num_trajectories": (1, 2, 4),
+        "train.seed": (0, 1, 2),
+    }
+    return GridConfig(**({"out": str(out), "axes": axes, "train": TrainConfig(data=data)} | changes))
+
+
+@pytest.fixture(scope="module")
+def result(store_path, tmp_path_factory, stubs):
+    config = grid_of(store_path, tmp_path_factory.mktemp("grid"))
+    return config, ablate(config, lambda jobs: InlineLauncher(stubs.play), command="bpt-rl ablate it")
+
+
+@pytest.fixture(scope="module")
+def text(result):
+    return result[1].folder.page_path.read_text()
+
+
+@pytest.fixture(scope="module")
+def rows(result):
+    with result[1].folder.table_path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def groups(result):
+    config, found = result
+    return read_groups(config, found.cells, found.folder)
+
+
+def words(html):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html))
+
+
+def test_the_table_has_every_number_of_every_cell_in_the_order_of_the_grid(result, rows):
+    _, found = result
+    assert list(dict.fromkeys(row["address"] for row in rows)) == [cell.address for cell in found.cells]
+    cell = next(c for c in found.cells if c.train.data.num_trajectories == 4 and c.train.seed == 2)
+    record = found.folder.result(cell.address)["record"]
+    own = {(r["rolled_out"], r["protocol"], r["episode"]): r for r in rows if r["address"] == cell.address}
+    for context, log in record["logs"].items():
+        returns = np.array(log["returns"])
+        expected = {"first": returns[:, 0], "last": returns[:, -1], "max": returns.max(axis=1)}
+        for name, values in expected.items():
+            row = own[context, name, ""]
+            assert float(row["value"]) == pytest.approx(values.mean())
+            assert float(row["low"]) < float(row["value"]) < float(row["high"])
+        for episode in range(4):
+            row = own[context, "episode", str(episode + 1)]
+            assert float(row["value"]) == pytest.approx(returns[:, episode].mean())
+    assert ("memoryless", "null_max", "") in own
+    assert {row["train.data.draw"] for row in rows} == {"uniform", "return_stratified"}
+    assert "second" not in " ".join(rows[0])
+    with found.folder.costs_path.open() as file:
+        costs = list(csv.DictReader(file))
+    assert [cost["address"] for cost in costs] == [cell.address for cell in found.cells]
+    assert {cost["training_seconds"] for cost in costs} == {"1.5"}
+
+
+def test_the_context_accounts_for_the_gain_beyond_that_of_the_controls(groups):
+    # Chains gain 10 an episode, their controls nothing: all of the gain comes from the context.
+    fewest, _, most = (group.group for group in families(groups)[0])
+    found = contrast(most, fewest)
+    assert found.protocol == "last"
+
+    def level(group, context):
+        return np.array([log.returns[:, -1].mean() for log in group.logs(context)])
+
+    gain = level(most, "chain") - level(fewest, "chain")
+    by_context = level(most, "chain") - level(most, "memoryless")
+    for number, samples in ((found.gain, gain), (found.by_context, by_context)):
+        assert number.value == pytest.approx(samples.mean())
+        assert (number.low, number.high) == pytest.approx(statistics.t_interval(statistics.moment(samples)))
+    assert found.control.value == pytest.approx((gain - by_context).mean())
+    assert found.by_context.low > 25 > abs(found.control.value)
+
+
+def test_of_one_seed_chains_are_the_sample(groups):
+    fewest, _, most = (dataclasses.replace(g.group, runs=g.group.runs[:1]) for g in families(groups)[0])
+    found = contrast(most, fewest)
+    kept, cleared = (most.logs(name)[0].returns[:, -1] for name in ("chain", "memoryless"))
+    expected = statistics.less(statistics.moment(kept), statistics.moment(cleared))
+    assert found.by_context.value == pytest.approx(expected.value)
+    assert (found.by_context.low, found.by_context.high) == pytest.approx(statistics.t_interval(expected))
+    assert found.gain.interval == "chains"
+    assert contrast(fewest, most).by_context.value == pytest.approx(-expected.value)
+    assert contrast(fewest, fewest).by_context.value == 0
+
+
+def test_the_verdict_is_in_plain_words_and_follows_the_intervals(text, groups):
+    verdict = words(text.split('<div class="verdict">')[1].split("</div>")[0])
+    assert verdict.count("4 trajectories against 1: last +") == 4
+    assert "On cartpole_balance, Agentic Transformer (draw uniform), 4 trajectories against 1" in verdict
+    found = contrast(*(group.group for group in families(groups)[0][::-2]))
+    assert f"so the context accounts for {found.by_context.text}." in verdict
+    assert verdict.count("More trajectories help, and having them in context is part of it") == 4
+    # Cells that differ in how trajectories are drawn are made up alike.
+    assert (
+        len(re.findall(r"draw return_stratified against uniform: last \S+ \[\S+ \S+\], no telling", verdict))
+        == 2
+    )
+    assert "one is expected to say that they do" in verdict
+
+
+def test_the_page_shows_every_part_for_each_task(text):
+    for task in ("cartpole_balance", "cartpole_swingup"):
+        for heading in ("Returns", "How many trajectories", "Return within the context", "What it took"):
+            assert f"<h2>{heading}: {task}</h2>" in text
+        shown = text.split(f"<h2>How the axes act together: {task}</h2>")[1].split("</section>")[0]
+        assert re.findall("<h3>(.*?)</h3>", shown) == ["Num trajectories and draw"]
+    # Two plots over the number of trajectories and one of curves for both ways to draw, an interaction, a cost plot.
+    assert text.count("<svg") == 2 * (2 * 3 + 1 + 1)
+    assert "Cells that are not finished" not in text
+    assert set(re.findall(r'href="#(repeat-\d+)"', text)) == set(re.findall(r'id="(repeat-\d+)"', text))
+    assert "<pre>bpt-rl ablate it</pre>" in text
+
+
+def test_interaction_points_are_means_over_seeds(text, groups):
+    shown = text.split("<h2>How the axes act together: cartpole_balance</h2>")[1]
+    alt = re.search(r'aria-label="(Return against num trajectories[^"]*)"', shown)[1]
+    group = next(g for g in groups if g.values["train.data.num_trajectories"] == 4)
+    expected = protocols.estimate("last", group.group.logs("chain"))
+    assert f"{expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] at 4" in alt
+
+
+def test_linked_settings_are_one_axis_named_by_what_counts(store_path):
+    linked = ({"evaluate.seed": (1, 2), "train.data.task": ("cartpole_balance", "cartpole_swingup")},)
+    config = GridConfig(linked=linked, axes={"train.seed": (0, 1)})
+    assert list(axes_of(config)) == ["train.data.task", "train.seed"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_drawn_without_complaint_or_request(browser, result, width):
+    page = result[1].folder.page_path
+    browser.open(page.as_uri(), width=width, height=900, dark=width == 390)
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
+    assert browser.run("document.documentElement.scrollWidth") == width
+    plots = browser.run(
+        "[...document.querySelectorAll('svg')].map((svg) => ["
+        "svg.getBoundingClientRect().width, svg.getBoundingClientRect().height, svg.querySelectorAll('text').length,"
+        "[...svg.querySelectorAll('path')].filter((p) => p.getTotalLength() > 20).length])"
+    )
+    assert len(plots) == 16
+    for box_width, box_height, num_texts, num_lines in plots:
+        assert box_width > 250 and box_height > 150 and num_texts > 4 and num_lines >= 2
