@@ -40,7 +40,7 @@ class Axis:
     @property
     def title(self) -> str:
         """Its last word, in words."""
-        return self.name.rpartition(".")[2].replace("_", " ")
+        return words_of(self.name)
 
 
 def axes_of(config: GridConfig) -> dict[str, Axis]:
@@ -107,4 +107,9 @@ def _run(cell: Cell, result: Mapping[str, Any], folder: GridFolder) -> Run:
 
 def _note(values: Mapping[str, Any]) -> str:
     told = {name: value for name, value in values.items() if name not in (COUNT, TASK, "train.agent")}
-    return ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {value}" for name, value in told.items())
+    return ", ".join(f"{words_of(name)} {value}" for name, value in told.items())
+
+
+def words_of(name: str) -> str:
+    """Returns a setting's last word, in words."""
+    return "trajectories" if name == COUNT else name.rpartition(".")[2].replace("_", " ")

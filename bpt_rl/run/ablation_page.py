@@ -8,6 +8,7 @@ from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.run import ablation_plots, report_page, report_plots, report_tables
 from bpt_rl.run.ablation_groups import (
+    SEED,
     TASK,
     CellGroup,
     axes_of,
@@ -61,7 +62,8 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
         ("Versions", _versions(groups)),
         ("To repeat it", _repeat(config, groups, command)),
     ]
-    title = f"{', '.join(tasks) or 'A grid'}: {', '.join(axis.title for axis in axes if axis.name != TASK)}"
+    varied = ", ".join(axis.title for axis in axes if axis.name not in (TASK, SEED))
+    title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
     subtitle = f"{count(len(cells), 'cell')}, {len(runs)} of them finished."
     page = report_page.page(title, subtitle, verdict(groups, axes), sections)
     write_atomically(folder.page_path, page)

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterator, Sequence
 
 from bpt_rl.run.ablation_contrast import contrast
-from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, families
+from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, families, words_of
 from bpt_rl.run.report_numbers import ReportedNumber
 
 MOST = 12
@@ -78,7 +78,11 @@ def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[st
                 continue
             difference = contrast(last.group, first.group)
             words = {"up": "more", "down": "less", "": "no telling which is more"}
-            others = [str(value) for name, value in first.values.items() if name not in (axis.name, TASK)]
+            others = [
+                f"{words_of(name)} {value}"
+                for name, value in first.values.items()
+                if name not in (axis.name, TASK)
+            ]
             beside = f" ({html.escape(', '.join(others))})" if others else ""
             yield (
                 f"On <strong>{html.escape(first.task)}</strong>{beside}, {html.escape(axis.title)} "

@@ -82,6 +82,7 @@ thead th { border-bottom: 2px solid var(--ink); font-weight: 650; vertical-align
 .answer.yes { color: var(--good); background: var(--good-bg); }
 .answer.no { color: var(--bad); background: var(--bad-bg); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 22px; }
+.note + .plots { margin-top: 22px; }
 figure { margin: 0; padding: 16px 18px 14px; background: var(--card); border: 1px solid var(--grid);
          border-radius: 8px; max-width: 720px; }
 figure svg { display: block; width: 100%; height: auto; }

@@ -141,7 +141,7 @@ def test_the_page_shows_every_part_for_each_task(text):
         for heading in ("Returns", "How many trajectories", "Return within the context", "What it took"):
             assert f"<h2>{heading}: {task}</h2>" in text
         shown = text.split(f"<h2>How the axes act together: {task}</h2>")[1].split("</section>")[0]
-        assert re.findall("<h3>(.*?)</h3>", shown) == ["Num trajectories and draw"]
+        assert re.findall("<h3>(.*?)</h3>", shown) == ["Trajectories and draw"]
     # Two plots over the number of trajectories and one of curves for both ways to draw, an interaction, a cost plot.
     assert text.count("<svg") == 2 * (2 * 3 + 1 + 1)
     assert "Cells that are not finished" not in text
@@ -151,7 +151,7 @@ def test_the_page_shows_every_part_for_each_task(text):
 
 def test_interaction_points_are_means_over_seeds(text, groups):
     shown = text.split("<h2>How the axes act together: cartpole_balance</h2>")[1]
-    alt = re.search(r'aria-label="(Return against num trajectories[^"]*)"', shown)[1]
+    alt = re.search(r'aria-label="(Return against trajectories[^"]*)"', shown)[1]
     group = next(g for g in groups if g.values["train.data.num_trajectories"] == 4)
     expected = protocols.estimate("last", group.group.logs("chain"))
     assert f"{expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] at 4" in alt
