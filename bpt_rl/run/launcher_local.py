@@ -63,6 +63,8 @@ def slots(workers: int, workers_per_device: int, *, job_memory: int) -> list[Slo
         number = workers or len(gpus) * workers_per_device
         share = f"{float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')) / workers_per_device:.4f}"
         variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+        if (pinned := os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB")) is not None:
+            variables["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(max(1, int(pinned) // number))
         places = [gpu for gpu in gpus for _ in range(workers_per_device)]
         environments = [variables | {"CUDA_VISIBLE_DEVICES": places[k % len(places)]} for k in range(number)]
     else:

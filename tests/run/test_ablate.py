@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -237,9 +238,11 @@ def test_processes_share_devices_or_cores(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
     made = slots(0, 2, job_memory=1)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in made] == ["2", "2", "5", "5"]
     assert {slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in made} == {"0.4750"}
+    assert {slot.environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] for slot in made} == {"25"}
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(3, 1, job_memory=1)] == ["2", "5", "2"]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
@@ -251,3 +254,31 @@ def test_processes_share_devices_or_cores(monkeypatch):
 def test_a_cell_without_a_result_has_failed(made_up):
     result = ablate(made_up(axes={}), inline(lambda job, report: None))
     assert [f.error for f in result.failures] == ["RuntimeError: the cell ended without a result"]
+
+
+def test_the_command_line_tells_what_would_run_and_what_is_done(made_up, stubs, tmp_path, cli):
+    axes = {"preset": ("at_small", "td3"), SEED: (0, 1)}
+    config = made_up(axes=axes)
+    path = tmp_path / "grid.toml"
+    path.write_text(config_toml.to_toml(config))
+    out = cli.succeed(f"ablate {path} --dry-run")
+    rows = [re.split(r"  +", line) for line in out.splitlines()]
+    assert rows[:2] == [
+        ["cell", "state", "step memory", "training"],
+        ["preset at_small, seed 0", "missing", rows[1][2], "-"],
+    ]
+    assert rows[1][2].endswith("iB")
+    assert rows[3] == ["preset td3, seed 0", "missing", "-", "-"]
+    assert "4 cells of 4 trainings; 4 are missing" in out
+    assert "- not planned: td3 is no transformer" in out
+    assert not (tmp_path / "grid").exists()
+
+    ablate(config, inline(stubs.play))
+    assert "4 cells of 4 trainings; 0 are missing" in cli.succeed(f"ablate {path} --dry-run")
+    # Nothing is missing, so nothing is started.
+    assert cli.succeed(f"ablate {path}").startswith("4 of 4 cells are finished.")
+    assert len(played(tmp_path)) == 4
+    message = r"no option --axes\.train\.sed\. Nearest: --axes\.train\.seed\."
+    assert re.search(message, cli.refuse(f"ablate {path} --axes.train.sed 3"))
+    path.write_text(path.read_text().replace("train.seed = [0, 1]", "train.sed = [0, 1]"))
+    assert "Nearest valid one: 'train.seed'" in cli.refuse(f"ablate {path}")
