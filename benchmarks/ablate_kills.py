@@ -68,13 +68,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in path.read_text().split()] if path.is_file() else []
 
 
-def killed(grid: Path, out: Path, num_kills: int, generator: random.Random) -> list[dict[str, Any]]:
-    """Returns what was killed when, after the grid has ended at last."""
+def killed(
+    grid: Path, out: Path, num_kills: int, generator: random.Random, *, longest: float
+) -> list[dict[str, Any]]:
+    """Returns what was killed when, at most `longest` seconds after it began, when the grid has ended at last."""
     kills: list[dict[str, Any]] = []
     while True:
         process = subprocess.Popen(command(grid, out), start_new_session=True)
         while len(kills) < num_kills and process.poll() is None:
-            seconds = generator.uniform(2, 20)
+            seconds = generator.uniform(2, longest)
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -162,7 +164,11 @@ def main() -> int:
         whole, _ = timed(lambda: subprocess.run(command(grid, folder / "whole"), check=True))
         expected = (folder / "whole" / "table.csv").read_bytes()
         generator = random.Random(options.seed)
-        seconds, kills = timed(lambda: killed(grid, folder / "killed", options.kills, generator))
+        # Time enough to finish a cell now and then.
+        longest = max(20.0, 0.4 * whole)
+        seconds, kills = timed(
+            lambda: killed(grid, folder / "killed", options.kills, generator, longest=longest)
+        )
         values: dict[str, Any] = {
             "command": f"python benchmarks/ablate_kills.py --kills {options.kills} --seed {options.seed}",
             "rows": len(expected.splitlines()) - 1,
