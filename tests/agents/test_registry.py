@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from bpt_rl import config_toml
 from bpt_rl.agents.agentic_transformer import AgenticTransformer
 from bpt_rl.agents.algorithm_distillation import AlgorithmDistillation
 from bpt_rl.agents.base import Agent, Policy
@@ -14,7 +15,7 @@ from bpt_rl.agents.decision_transformer import DecisionTransformer
 from bpt_rl.agents.ornstein_uhlenbeck import OrnsteinUhlenbeckPolicy
 from bpt_rl.agents.random import RandomPolicy
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.config import DataConfig, ModelConfig, TrainConfig
+from bpt_rl.config import CHAIN_AGENTS, DataConfig, ModelConfig, TrainConfig
 from bpt_rl.types import DataStatistics, PackedBatch
 
 CLASSES = {
@@ -105,6 +106,16 @@ def test_agents_and_their_policies_meet_the_protocols(name):
     assert type(agent) is CLASSES[name]
     assert isinstance(agent, Agent)
     assert isinstance(agent.policy(parameters(name), num_episodes=2), Policy)
+
+
+@pytest.mark.parametrize("preset", ["at_paper", "at_small", "at_350m", "dt", "ad", "bc", "bc10"])
+def test_a_preset_is_one_that_its_agent_takes(preset):
+    config = config_toml.load(TrainConfig, preset)
+    assert type(make_agent(config, STATISTICS)) is CLASSES[config.agent]
+    # A grid may name an agent and its number of trajectories alone.
+    if config.agent in CHAIN_AGENTS:
+        data = dataclasses.replace(config.data, num_trajectories=16)
+        make_agent(dataclasses.replace(config, data=data), STATISTICS)
 
 
 def test_explorers_meet_the_protocol_of_policies():
