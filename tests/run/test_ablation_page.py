@@ -93,7 +93,7 @@ def test_the_table_has_every_number_of_every_cell_in_the_order_of_the_grid(resul
 
 def test_the_context_accounts_for_the_gain_beyond_that_of_the_controls(groups):
     # Chains gain 10 an episode, their controls nothing: all of the gain comes from the context.
-    fewest, _, most = (group.group for group in families(groups)[0])
+    fewest, some, most = (group.group for group in families(groups)[0])
     found = contrast(most, fewest)
     assert found.protocol == "last"
 
@@ -107,6 +107,9 @@ def test_the_context_accounts_for_the_gain_beyond_that_of_the_controls(groups):
         assert (number.low, number.high) == pytest.approx(statistics.t_interval(statistics.moment(samples)))
     assert found.control.value == pytest.approx((gain - by_context).mean())
     assert found.by_context.low > 25 > abs(found.control.value)
+    # Of two that both keep a context, what the base's brings counts too.
+    less = level(some, "chain") - level(some, "memoryless")
+    assert contrast(most, some).by_context.value == pytest.approx((by_context - less).mean())
 
 
 def test_of_one_seed_chains_are_the_sample(groups):
