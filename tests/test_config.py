@@ -8,7 +8,7 @@ import pytest
 
 from bpt_rl import ablate_config
 from bpt_rl import config as config_lib
-from bpt_rl.ablate_config import AblateConfig, DemoConfig
+from bpt_rl.ablate_config import AblateConfig, DemoConfig, GridConfig
 from bpt_rl.collect_config import CollectConfig
 from bpt_rl.config import (
     BuildConfig,
@@ -34,6 +34,7 @@ ALL = (
     CollectConfig,
     BuildConfig,
     AblateConfig,
+    GridConfig,
     DemoConfig,
     DownloadConfig,
     ExportConfig,

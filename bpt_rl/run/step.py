@@ -47,7 +47,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(make_schedule(config), b2=config.beta2, weight_decay=config.weight_decay, mask=is_decayed),
+        optax.adamw(
+            make_schedule(config), b2=config.beta2, weight_decay=config.weight_decay, mask=is_decayed
+        ),
     )
 
 
