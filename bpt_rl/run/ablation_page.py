@@ -1,6 +1,8 @@
 """The page of a grid: one HTML file that needs nothing else, no network and no script to be read."""
 
+import dataclasses
 import html
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,33 +71,28 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     write_atomically(folder.page_path, page)
 
 
-def _plots(found: Sequence[Plot]) -> str:
-    left = len(found) - MOST_PLOTS
-    note = (
-        f'<p class="note">{left} more are not drawn; their numbers are in table.csv.</p>' if left > 0 else ""
-    )
-    return report_page.plots(found[:MOST_PLOTS]) + note
+def _plots(found: Iterator[Plot | None]) -> str:
+    drawn = (plot for plot in found if plot is not None)
+    shown = list(itertools.islice(drawn, MOST_PLOTS))
+    more = next(drawn, None)
+    note = '<p class="note">Only the first are drawn; the numbers of the others are in table.csv.</p>'
+    return report_page.plots(shown) + (note if more else "")
 
 
-def _count_plots(groups: Sequence[CellGroup], prefix: str) -> list[Plot]:
-    found = []
-    for index, family in enumerate(families(groups)[:MOST_PLOTS]):
+def _count_plots(groups: Sequence[CellGroup], prefix: str) -> Iterator[Plot]:
+    for index, family in enumerate(families(groups)):
         for plot in report_plots.count_plots([g.group for g in family], f"{prefix}n{index}"):
-            found.append(_titled(plot, f"{plot.title}, {family_title(family)}"))
-    return found
+            yield dataclasses.replace(plot, title=f"{plot.title}, {family_title(family)}")
 
 
-def _titled(plot: Plot, title: str) -> Plot:
-    return Plot(plot.svg, title, plot.alt, plot.caption, plot.legend)
-
-
-def _curves(groups: Sequence[CellGroup], prefix: str) -> list[Plot]:
+def _curves(groups: Sequence[CellGroup], prefix: str) -> Iterator[Plot | None]:
     several = families(groups)
-    plots = [ablation_plots.curves_by_count(family, f"{prefix}e{i}") for i, family in enumerate(several)]
+    for index, family in enumerate(several):
+        yield ablation_plots.curves_by_count(family, f"{prefix}e{index}")
     in_family = {id(group) for family in several for group in family}
     alone = [group.group for group in groups if id(group) not in in_family]
-    plots += [report_plots.episode_curve(group, f"{prefix}{i}") for i, group in enumerate(alone)]
-    return [plot for plot in plots if plot is not None]
+    for index, group in enumerate(alone):
+        yield report_plots.episode_curve(group, f"{prefix}{index}")
 
 
 def _costs(groups: Sequence[CellGroup], prefix: str) -> str:

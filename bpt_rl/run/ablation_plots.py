@@ -1,7 +1,7 @@
 """Plots of a grid: curves within the context for each number of trajectories, interactions of axes, costs."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,8 @@ def curves_by_count(family: Sequence[CellGroup], prefix: str) -> Plot | None:
     )
 
 
-def interactions(groups: Sequence[CellGroup], axes: Sequence[Axis], prefix: str) -> list[Plot]:
-    """Returns a plot for each pair of axes that both vary; with the number of trajectories if that varies.
+def interactions(groups: Sequence[CellGroup], axes: Sequence[Axis], prefix: str) -> Iterator[Plot | None]:
+    """Yields a plot for each pair of axes that both vary; with the number of trajectories if that varies.
 
     Args:
       groups: Of one task.
@@ -60,8 +60,8 @@ def interactions(groups: Sequence[CellGroup], axes: Sequence[Axis], prefix: str)
     counts = [axis for axis in varying if axis.name == COUNT]
     others = [axis for axis in varying if axis.name != COUNT]
     pairs = [(counts[0], other) for other in others] if counts else itertools.combinations(others, 2)
-    found = (_interaction(groups, x, lines, f"{prefix}{i}") for i, (x, lines) in enumerate(pairs))
-    return [plot for plot in found if plot is not None]
+    for index, (x, lines) in enumerate(pairs):
+        yield _interaction(groups, x, lines, f"{prefix}{index}")
 
 
 def _interaction(groups: Sequence[CellGroup], x: Axis, lines: Axis, prefix: str) -> Plot | None:
