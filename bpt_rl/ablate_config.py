@@ -76,7 +76,7 @@ class AblateConfig(GridConfig):
     ray_address: str = ""
     """Cluster to connect to, "auto" for the one of this machine; empty starts one of this machine's own."""
     ray_cpus: float = 2.0
-    """Cores that Ray holds for a job."""
+    """Cores that Ray holds for a job, and simulators that it may have."""
     ray_gpus: float = 0.0
     """Accelerators that Ray holds for a job; 0.5 puts two on one."""
     ray_memory_gib: float = 0.0

@@ -62,6 +62,21 @@ class Job:
         name: str = self.trainings[0]["config"]["run"]
         return name
 
+    def with_simulators(self, number: int) -> "Job":
+        """Returns the job with so many simulator processes where it leaves their number open."""
+
+        def placed(training: Mapping[str, Any]) -> dict[str, Any]:
+            evaluations = [
+                {
+                    **asked,
+                    "config": {**asked["config"], "num_workers": asked["config"]["num_workers"] or number},
+                }
+                for asked in training["evaluations"]
+            ]
+            return {**training, "evaluations": evaluations}
+
+        return dataclasses.replace(self, trainings=tuple(map(placed, self.trainings)))
+
     def each(self) -> list["Job"]:
         """Returns a job for each of its trainings."""
         return [dataclasses.replace(self, trainings=(training,)) for training in self.trainings]

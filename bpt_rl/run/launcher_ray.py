@@ -47,6 +47,7 @@ class RayLauncher(contextlib.AbstractContextManager["RayLauncher"]):
         Raises:
           ImportError: If Ray is not installed.
           ConnectionError: If there is no cluster at the address.
+          ValueError: If a cluster of this machine's own has less than one job asks for.
         """
         try:
             import ray
@@ -56,10 +57,13 @@ class RayLauncher(contextlib.AbstractContextManager["RayLauncher"]):
                 "--launcher local."
             ) from error
         self._ray, self._runner = ray, runner
+        self._running: dict[Any, Job] = {}
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
-            ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
+            options = {} if address else {"include_dashboard": False}
+            ray.init(address=address or "local", **options, log_to_driver=False, logging_level=logging.WARNING)
+        if not address:
+            self._check_room(request)
         # Tries are counted by the grid; Ray's own would start a job again unseen.
         held: dict[str, Any] = {"num_cpus": request.num_cpus, "num_gpus": request.num_gpus, "max_retries": 0}
         if request.memory:
@@ -68,11 +72,13 @@ class RayLauncher(contextlib.AbstractContextManager["RayLauncher"]):
             share = f"{0.95 * min(1.0, request.num_gpus):.4f}"
             held["runtime_env"] = {"env_vars": {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}}
         self._task = ray.remote(**held)(_run)
-        self._running: dict[Any, Job] = {}
+        # Ray keeps no job to its cores; it may have so many simulators.
+        self._num_simulators = max(1, int(request.num_cpus))
 
     def start(self, job: Job) -> None:
         """Hands a job to Ray."""
-        reference = self._task.remote(dataclasses.asdict(job), self._runner, str(Path.cwd()))
+        placed = dataclasses.asdict(job.with_simulators(self._num_simulators))
+        reference = self._task.remote(placed, self._runner, str(Path.cwd()))
         self._running[reference] = job
 
     def wait(self, seconds: float) -> Sequence[Ended]:
@@ -92,6 +98,17 @@ class RayLauncher(contextlib.AbstractContextManager["RayLauncher"]):
             self._ray.cancel(reference, force=True)
         if self._is_ours:
             self._ray.shutdown()
+
+    def _check_room(self, request: Request) -> None:
+        """Refuses what this machine will never have; a cluster elsewhere may yet grow."""
+        found = self._ray.cluster_resources()
+        for name, asked in (("CPU", request.num_cpus), ("GPU", request.num_gpus), ("memory", request.memory)):
+            if asked > found.get(name, 0):
+                self.__exit__()
+                raise ValueError(
+                    f"A job must find what it asks Ray for; got {asked:g} of {name}, and this machine has "
+                    f"{found.get(name, 0):g}. Ask for less, or name a cluster by ray_address."
+                )
 
     def _ended(self, reference: Any) -> Ended:
         job = self._running.pop(reference)

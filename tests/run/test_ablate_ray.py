@@ -22,14 +22,21 @@ def launcher(monkeypatch):
     )
     # Ray would else write a token of its own below the home folder.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    return lambda runner: lambda jobs: RayLauncher("", Request(num_cpus=1), f"stub_cells:{runner}")
+
+    def make(jobs):
+        made = RayLauncher("", Request(num_cpus=1), "stub_cells:die_once")
+        with pytest.raises(ValueError, match="got 1000 of CPU, and this machine has"):
+            RayLauncher("", Request(num_cpus=1000))
+        return made
+
+    return make
 
 
 def test_a_worker_that_dies_loses_its_cell_alone_and_the_cell_is_run_again(launcher, store_path, tmp_path):
     axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
     data = DataConfig(store=str(store_path), task="cartpole_balance", batch_size=2)
     config = GridConfig(out=str(tmp_path / "once"), axes=axes, train=TrainConfig(data=data))
-    result = ablate(config, launcher("die_once"))
+    result = ablate(config, launcher)
     assert result.failures == []
     assert len(list((tmp_path / "once").glob("died_*"))) == 2
     assert len(result.folder.finished()) == 4

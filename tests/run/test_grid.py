@@ -7,6 +7,7 @@ import pytest
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import DataConfig, EvaluateConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.run.grid import expand, trainings
+from bpt_rl.run.job import Job
 
 COUNT, SEED = "train.data.num_trajectories", "train.seed"
 
@@ -181,3 +182,10 @@ def test_what_is_no_cell_is_refused(grid_of, axes, message):
 def test_what_is_no_axis_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GridConfig(**changes)
+
+
+def test_simulators_are_shared_out_where_their_number_is_open(grid_of):
+    for asked, expected in ((0, 3), (2, 2)):
+        cells = expand(grid_of(evaluate=EvaluateConfig(num_workers=asked)))
+        [training] = Job.of("out", [cells]).with_simulators(3).trainings
+        assert [e["config"]["num_workers"] for e in training["evaluations"]] == [expected]
