@@ -162,7 +162,6 @@ def growing_policy(make, config, completion, *, first_steps, clear_context=False
         ("state_action_reward", "per_step", {}),
         ("fused", "per_episode", {}),
         ("fused", "per_step", {"positions": "episode"}),
-        ("fused_without_return", "per_step", {}),
     ],
 )
 def test_actions_are_those_of_the_full_pass_over_the_chain_played(make, layout, completion, changes):

