@@ -1,10 +1,10 @@
-"""Do skills come to rest in poses? Of a dataset with skills, of walker or another body whose root has three coordinates.
+"""Do skills come to rest in poses? Of datasets of walker, or of another body whose root has three coordinates.
 
     python benchmarks/skill_poses.py data/exorl/walker/random data/exorl/walker/diayn
 
-prints a line of JSON for each third of a dataset's episodes: the share of states in which no coordinate moves faster than
-0.5 a second; and where a skill is recorded, the mean joint speed in the first 30 and the last 20 steps of its 50, and the
-variance of poses in those last steps between skills over that within a skill.
+prints a line of JSON for each third of a dataset's episodes: the share of states in which no coordinate moves faster
+than 0.5 a second; and where a skill is recorded, the mean joint speed in the first 30 and the last 20 steps of its 50,
+and the variance of poses in those last steps between skills over that within a skill.
 """
 
 import argparse
