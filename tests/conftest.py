@@ -1,6 +1,7 @@
 """Environment of the tests. It must be set before anything imports jax or bpt_rl."""
 
 import contextlib
+import importlib.metadata
 import io
 import os
 import shlex
@@ -21,10 +22,16 @@ if os.environ["JAX_PLATFORMS"] == "cuda":
     # Otherwise a GPU rounds the operands of float32 products to 10 bits, and only tests of bfloat16 mean such rounding.
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Eight virtual CPU devices, so that sharding is tested without accelerators.
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-    )
+FLAGS = {"xla_force_host_platform_device_count": "8"}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Compiling small programs is most of what the tests do, and optimising them most of that.
+    FLAGS["xla_backend_optimization_level"] = "0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # XLA's older code generator is quicker again; later versions have the new one alone.
+        FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 # Compiled programs are kept between runs and shared with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -80,7 +80,7 @@ def test_a_step_takes_as_long_as_the_calls_of_its_parts(environments):
         ("at_paper --num-parts 3 --num-chains 2", "needs a chain; got 3 parts and num_chains 2"),
         ("at_paper --num-episodes 0", "num_episodes must be positive"),
         ("at_paper --num-workers -1", "num_workers must not be negative; got -1"),
-        ("bc10", "The agent must have a transformer, as at and dt have; got bc"),
+        ("bc10", "The agent must have a transformer, as at, dt and ad have; got bc"),
         ("at_paper --train.data.task walker_rnu", "'walker_rnu'"),
     ],
 )
