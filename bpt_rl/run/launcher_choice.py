@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bpt_rl.ablate_config import AblateConfig
-from bpt_rl.run.ablation_plan import largest_memory
 from bpt_rl.run.grid_folder import GridFolder
 from bpt_rl.run.job import RUNNER, Job
 from bpt_rl.run.launcher_local import LocalLauncher, accelerators, slots
@@ -28,8 +27,11 @@ def make_launcher(config: AblateConfig, jobs: Sequence[Job], *, runner: str = RU
         memory = int(config.ray_memory_gib * GIB)
         request = Request(num_cpus=config.ray_cpus, num_gpus=config.ray_gpus, memory=memory)
         return RayLauncher(config.ray_address, request, runner)
-    # A plan starts JAX, which would take the accelerators from the processes.
-    is_planned = not config.workers and not accelerators()
-    memory = largest_memory(jobs) if is_planned else GIB
+    memory = GIB
+    if not config.workers and not accelerators():
+        # Only here: a plan starts JAX, which would take the accelerators from the processes.
+        from bpt_rl.run.ablation_plan import largest_memory
+
+        memory = largest_memory(jobs)
     places = slots(config.workers, config.workers_per_device, job_memory=memory)
     return LocalLauncher(places[: len(jobs)], GridFolder(Path(config.out)).logs_path, runner)

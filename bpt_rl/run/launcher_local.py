@@ -23,6 +23,8 @@ from bpt_rl.run.launchers import Ended
 
 LAST_LINES = 30
 """Lines of a dead process's log that are kept with its failure."""
+MOST_JOBS = 100
+"""Of one process: what compiled programs leave behind of memory goes with it."""
 GRACE = 10.0
 """Seconds that a process has to end once its pipe is closed."""
 
@@ -84,6 +86,7 @@ class _Worker:
     def __init__(self, slot: Slot, runner: str, log_path: Path, compiled: str) -> None:
         self.log_path, self.slot = log_path, slot
         self.job: Job | None = None
+        self.num_jobs = 0
         self.last = (0.0, "starts")
         self._received = b""
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,7 @@ class _Worker:
 
     def send(self, job: Job) -> None:
         self.job, self.last = job, (0.0, "starts")
+        self.num_jobs += 1
         stream = self.process.stdin
         # A process that died meanwhile is noticed by the end of its replies.
         with contextlib.suppress(BrokenPipeError):
@@ -190,7 +194,8 @@ class LocalLauncher(contextlib.AbstractContextManager["LocalLauncher"]):
     def _settle(self, worker: _Worker, outcomes: Sequence[Outcome]) -> list[Ended]:
         job, worker.job = worker.job, None
         # After an error nobody knows what a process still holds of its device.
-        if any(outcome.state == "failed" for outcome in outcomes):
+        has_failed = any(outcome.state == "failed" for outcome in outcomes)
+        if has_failed or worker.num_jobs >= MOST_JOBS:
             self._bury(worker)
         else:
             self._idle.append(worker)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpt_rl.run.job import RUNNER, Job, Outcome, find_runner, run_job
+from bpt_rl.run.launcher_local import MOST_JOBS
 from bpt_rl.run.launchers import Ended
 
 GIB = 2**30
@@ -61,11 +62,14 @@ class RayLauncher(contextlib.AbstractContextManager["RayLauncher"]):
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
             options = {} if address else {"include_dashboard": False}
-            ray.init(address=address or "local", **options, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(
+                address=address or "local", **options, log_to_driver=False, logging_level=logging.WARNING
+            )
         if not address:
             self._check_room(request)
         # Tries are counted by the grid; Ray's own would start a job again unseen.
-        held: dict[str, Any] = {"num_cpus": request.num_cpus, "num_gpus": request.num_gpus, "max_retries": 0}
+        held: dict[str, Any] = {"num_cpus": request.num_cpus, "num_gpus": request.num_gpus}
+        held |= {"max_retries": 0, "max_calls": MOST_JOBS}
         if request.memory:
             held["memory"] = request.memory
         if request.num_gpus:

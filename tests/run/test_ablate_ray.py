@@ -32,6 +32,8 @@ def launcher(monkeypatch):
     return make
 
 
+# Ray forks to start its services, which exec at once; JAX, if an earlier test has started it, warns of any fork.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_worker_that_dies_loses_its_cell_alone_and_the_cell_is_run_again(launcher, store_path, tmp_path):
     axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
     data = DataConfig(store=str(store_path), task="cartpole_balance", batch_size=2)
