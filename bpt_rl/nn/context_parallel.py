@@ -1,0 +1,156 @@
+"""Attention over a sequence that devices share, for use inside `jax.shard_map`: two ways, one signature."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bpt_rl.config import Implementation
+from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn.blockwise import ChunkSizes
+from bpt_rl.nn.ring_attention import Ring, ring_attention
+from bpt_rl.nn.zigzag import Placement
+
+Method = Literal["ring", "ulysses"]
+
+HIDING_TOKENS = 4096
+"""Tokens of a device from which on attending to a part of the keys takes longer than the next part's way here. [I]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextAxis:
+    """The mesh axis that sequences are split over, and how attention crosses it."""
+
+    name: str
+    num_devices: int
+    method: Method
+
+    @property
+    def placement(self) -> Placement:
+        """How the sequence must lie. Whoever has it whole needs no balance, and would have to undo one."""
+        return "zigzag" if self.method == "ring" else "contiguous"
+
+    @property
+    def num_chunks(self) -> int:
+        """What the length of a sequence must be a multiple of."""
+        return 2 * self.num_devices if self.placement == "zigzag" else self.num_devices
+
+
+def context_attention(
+    query: Float[Array, "B S_local H K"],
+    key: Float[Array, "B S_local H_kv K"],
+    value: Float[Array, "B S_local H_kv K"],
+    segment_ids: Int[Array, "B S_local"] | None,
+    axis: ContextAxis,
+    *,
+    implementation: Implementation = "auto",
+    is_causal: bool = True,
+    query_chunk_size: int = 512,
+    key_chunk_size: int = 512,
+) -> Float[Array, "B S_local H K"]:
+    """Returns what this device's queries find in the whole sequence, as `dot_product_attention` would.
+
+    To be called inside `jax.shard_map(..., check_vma=False)`: its loops begin from constants.
+
+    Args:
+      query: This device's share, placed as the axis says (`bpt_rl.nn.zigzag.placed`).
+      key: Its share of the keys.
+      value: Same shape as `key`.
+      segment_ids: Its share of them.
+      axis: ring: keys and values go around, and attention is blockwise. ulysses: each device gets the whole sequence
+        of its share of the heads, and attends with any implementation.
+      implementation: As for `dot_product_attention`; ring has blockwise alone.
+      is_causal: Likewise.
+      query_chunk_size: Likewise.
+      key_chunk_size: Likewise.
+
+    Raises:
+      ValueError: If the heads do not divide among the devices, or the implementation is not to be had.
+    """
+    if axis.method == "ring":
+        if implementation not in ("auto", "blockwise"):
+            raise ValueError(
+                f"Ring attention is blockwise; got implementation {implementation!r}. Use 'auto', or ulysses."
+            )
+        sizes = ChunkSizes(query_chunk_size, key_chunk_size)
+        ring = Ring(axis.name, axis.num_devices, axis.placement, is_causal, sizes)
+        return ring_attention(query, key, value, segment_ids, ring)
+    repeats = key_repeats(query.shape[2], key.shape[2], axis.num_devices)
+    if repeats > 1:
+        key, value = (jnp.repeat(array, repeats, axis=2) for array in (key, value))
+    attended = dot_product_attention(
+        *(_by_heads(array, axis) for array in (query, key, value)),
+        implementation=implementation,
+        is_causal=is_causal,
+        segment_ids=None
+        if segment_ids is None
+        else jax.lax.all_gather(segment_ids, axis.name, axis=1, tiled=True),
+        query_chunk_size=query_chunk_size,
+        key_chunk_size=key_chunk_size,
+    )
+    by_tokens: Array = jax.lax.all_to_all(attended, axis.name, split_axis=1, concat_axis=2, tiled=True)
+    return by_tokens
+
+
+def _by_heads(array: Array, axis: ContextAxis) -> Array:
+    """Returns all tokens of this device's share of the heads."""
+    heads: Array = jax.lax.all_to_all(array, axis.name, split_axis=2, concat_axis=1, tiled=True)
+    return heads
+
+
+def key_repeats(num_heads: int, num_kv_heads: int, num_devices: int) -> int:
+    """Returns how often ulysses repeats each key head, the least that gives every device one for its query heads.
+
+    Raises:
+      ValueError: If the query heads do not divide among the devices.
+    """
+    if num_heads % num_devices:
+        raise ValueError(
+            "Ulysses gives each device an equal share of the heads; got "
+            f"{num_heads} heads and {num_devices} devices. Use mesh.attention = 'ring'."
+        )
+    return num_devices // math.gcd(num_kv_heads, num_devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodChoice:
+    """How attention crosses the devices, and why."""
+
+    method: Method
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.method} ({self.reason})"
+
+
+def choose_method(
+    *, num_heads: int, num_kv_heads: int, num_devices: int, num_tokens: int, has_fused_kernel: bool
+) -> MethodChoice:
+    """Returns the faster way for a causal sequence of `num_tokens`, split over `num_devices`.
+
+    Ulysses waits for all that it sends, but attends in one piece, with the fused kernel where there is one. Ring sends
+    while it attends, which hides the way if a share is long enough; it has no fused kernel here.
+    """
+    if num_heads % num_devices:
+        return MethodChoice("ring", f"{num_heads} heads do not divide among {num_devices} devices")
+    if has_fused_kernel:
+        return MethodChoice("ulysses", "the fused kernel attends to whole sequences")
+    local = -(-num_tokens // num_devices)
+    if local < HIDING_TOKENS:
+        return MethodChoice(
+            "ulysses",
+            f"{local} tokens a device are attended to sooner than the next would have come around a ring",
+        )
+    repeats = key_repeats(num_heads, num_kv_heads, num_devices)
+    # Heads of one token that a device sends, up to the same factor: q, k, v and the output once; k and v to everyone.
+    by_ulysses, by_ring = 2 * num_heads + 2 * num_kv_heads * repeats, 2 * num_kv_heads * num_devices
+    if by_ring < by_ulysses:
+        return MethodChoice(
+            "ring", f"it sends {by_ring / by_ulysses:.2f} times what ulysses would, while it attends"
+        )
+    return MethodChoice(
+        "ulysses", f"it sends {by_ulysses / by_ring:.2f} times what a ring would, in one go each way"
+    )

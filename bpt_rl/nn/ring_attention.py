@@ -1,0 +1,221 @@
+"""Attention over a sequence that devices share: keys and values travel around a ring, queries stay.
+
+Each device attends to its own keys, then to those that its neighbour hands on, and so on around; outputs are merged
+by their log-sum-exps. No device ever holds more than two parts of the keys: the one it attends to, and the one that
+arrives meanwhile. The backward pass sends keys and values around once more, and their gradients one turn behind them,
+each device adding its share, until they are home.
+
+Source: Liu, Zaharia and Abbeel 2023 (Ring Attention); Brandon et al. 2023 (Striped Attention) for the balance.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from bpt_rl.nn.blockwise import RESIDUAL_NAME, Attended, ChunkSizes, Operands, attend_to_block, block_gradient
+from bpt_rl.nn.zigzag import Placement
+
+
+class Ring(NamedTuple):
+    """Static facts of the devices that share a sequence."""
+
+    axis_name: str
+    """Of the mesh."""
+    num_devices: int
+    placement: Placement
+    is_causal: bool
+    sizes: ChunkSizes
+
+    def send(self, tree: Any) -> Any:
+        """Returns what the device before this one holds."""
+        hops = [(i, (i + 1) % self.num_devices) for i in range(self.num_devices)]
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis_name, hops), tree)
+
+
+class _Keys(NamedTuple):
+    """What travels."""
+
+    key: Float[Array, "B S_local H_kv K"]
+    value: Float[Array, "B S_local H_kv K"]
+    segment_ids: Int[Array, "B S_local"] | None
+
+
+class _Part(NamedTuple):
+    """Which of the local queries attend to which of the keys that have arrived."""
+
+    queries: slice
+    keys: slice
+
+
+_WHOLE = _Part(slice(None), slice(None))
+
+
+def ring_attention(
+    query: Float[Array, "B S_local H K"],
+    key: Float[Array, "B S_local H_kv K"],
+    value: Float[Array, "B S_local H_kv K"],
+    segment_ids: Int[Array, "B S_local"] | None,
+    ring: Ring,
+) -> Float[Array, "B S_local H K"]:
+    """Returns attention of this device's queries to the keys of all, inside `jax.shard_map(..., check_vma=False)`.
+
+    Args:
+      query: This device's share of a sequence placed as the ring says (`bpt_rl.nn.zigzag.placed`).
+      key: Its share; H_kv heads travel, however many query heads there are.
+      value: Same shape as `key`.
+      segment_ids: Its share; tokens attend within equal ids only.
+      ring: Of the devices.
+
+    Raises:
+      ValueError: If zigzag placement cannot halve a device's share.
+    """
+    if ring.placement == "zigzag" and query.shape[1] % 2:
+        raise ValueError(
+            "Zigzag placement must give each device two chunks of one size; got a share of "
+            f"{query.shape[1]} tokens. Pad the sequence, or place it contiguously."
+        )
+    return _attend(ring, query, _Keys(key, value, segment_ids))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(ring: Ring, query: Array, keys: _Keys) -> Array:
+    return _forward(ring, query, keys)[0]
+
+
+def _forward(ring: Ring, query: Array, keys: _Keys) -> tuple[Array, tuple[Array, _Keys, Array, Array]]:
+    def visit(state: tuple[Array, Array], held: _Keys, part: _Part, is_causal: bool) -> tuple[Array, Array]:
+        """Returns output and log-sum-exp with a part of the keys that are held merged in."""
+        rows = part.queries
+        block = attend_to_block(_operands(query, keys, held, part), ring.sizes, is_causal=is_causal)
+        merged = _merged((state[0][:, rows], state[1][:, rows]), block)
+        return state[0].at[:, rows].set(merged[0]), state[1].at[:, rows].set(merged[1])
+
+    def turn(state: tuple[Array, Array], held: _Keys, number: Array | int) -> tuple[Array, Array]:
+        branches = [functools.partial(visit, part=part, is_causal=False) for part in _parts(ring, query)]
+        case = _case(ring, query, keys, held, number)
+        result: tuple[Array, Array] = jax.lax.switch(
+            case, [lambda state, held: state, *branches], state, held
+        )
+        return result
+
+    def body(carry: tuple[Any, _Keys], number: Array) -> tuple[tuple[Any, _Keys], None]:
+        state, held = carry
+        # Nothing here waits for it: it travels while this device attends.
+        arriving = ring.send(held)
+        return (turn(state, held, number), arriving), None
+
+    held = ring.send(keys) if ring.num_devices > 1 else keys
+    state = attend_to_block(_operands(query, keys, keys, _WHOLE), ring.sizes, is_causal=ring.is_causal)
+    if ring.num_devices > 2:
+        (state, held), _ = jax.lax.scan(body, (state, held), jnp.arange(1, ring.num_devices - 1))
+    if ring.num_devices > 1:
+        state = turn(state, held, ring.num_devices - 1)
+    out = checkpoint_name(state[0].astype(query.dtype), RESIDUAL_NAME)
+    log_sum_exp = checkpoint_name(state[1], RESIDUAL_NAME)
+    return out, (query, keys, out, log_sum_exp)
+
+
+class _Gradients(NamedTuple):
+    """Of this device's queries, and of the keys that it holds at the moment, summed over the devices so far."""
+
+    query: Float[Array, "B S_local H K"]
+    key: Float[Array, "B S_local H_kv K"]
+    value: Float[Array, "B S_local H_kv K"]
+
+
+def _backward(
+    ring: Ring, residuals: tuple[Array, _Keys, Array, Array], cotangent: Array
+) -> tuple[Array, _Keys]:
+    query, keys, out, log_sum_exp = residuals
+    attended = Attended(out, log_sum_exp, cotangent)
+
+    def visit(state: _Gradients, held: _Keys, part: _Part, is_causal: bool) -> _Gradients:
+        rows, columns = part
+        of_rows = Attended(*(array[:, rows] for array in attended))
+        block = block_gradient(_operands(query, keys, held, part), of_rows, ring.sizes, is_causal=is_causal)
+        return _Gradients(
+            state.query.at[:, rows].add(block[0]),
+            state.key.at[:, columns].add(block[1]),
+            state.value.at[:, columns].add(block[2]),
+        )
+
+    def turn(state: _Gradients, held: _Keys, number: Array | int) -> _Gradients:
+        # Of the keys that have arrived; what other devices added to theirs arrives meanwhile, and is added last.
+        arriving = ring.send((state.key, state.value))
+        fresh = _Gradients(state.query, jnp.zeros_like(state.key), jnp.zeros_like(state.value))
+        branches = [functools.partial(visit, part=part, is_causal=False) for part in _parts(ring, query)]
+        case = _case(ring, query, keys, held, number)
+        added: _Gradients = jax.lax.switch(case, [lambda state, held: state, *branches], fresh, held)
+        return _Gradients(added.query, added.key + arriving[0], added.value + arriving[1])
+
+    def body(carry: tuple[_Gradients, _Keys], number: Array) -> tuple[tuple[_Gradients, _Keys], None]:
+        state, held = carry
+        arriving = ring.send(held)
+        return (turn(state, held, number), arriving), None
+
+    held = ring.send(keys) if ring.num_devices > 1 else keys
+    own = _operands(query, keys, keys, _WHOLE)
+    state = _Gradients(*block_gradient(own, attended, ring.sizes, is_causal=ring.is_causal))
+    if ring.num_devices > 2:
+        (state, held), _ = jax.lax.scan(body, (state, held), jnp.arange(1, ring.num_devices - 1))
+    d_key, d_value = state.key, state.value
+    if ring.num_devices > 1:
+        state = turn(state, held, ring.num_devices - 1)
+        d_key, d_value = ring.send((state.key, state.value))
+    return state.query.astype(query.dtype), _Keys(
+        d_key.astype(keys.key.dtype), d_value.astype(keys.value.dtype), None
+    )
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _operands(query: Array, keys: _Keys, held: _Keys, part: _Part) -> Operands:
+    """Returns a part of the queries and of the keys that are held, and the segments of both."""
+    rows, columns = part
+    ids = None
+    if keys.segment_ids is not None and held.segment_ids is not None:
+        ids = keys.segment_ids[:, rows], held.segment_ids[:, columns]
+    return Operands(query[:, rows], held.key[:, columns], held.value[:, columns], ids)
+
+
+def _parts(ring: Ring, query: Array) -> list[_Part]:
+    """Returns who attends to what: first to keys of a device before this one in the ring's order, then of one behind.
+
+    Zigzag, a device before has its first chunk before all queries here and its second behind them; a device behind has
+    both its chunks between this device's two. So half of all pairs are visited, whichever it is, and none is masked.
+    """
+    if not ring.is_causal or ring.placement == "contiguous":
+        return [_WHOLE]
+    half = query.shape[1] // 2
+    return [_Part(slice(None), slice(0, half)), _Part(slice(half, None), slice(None))]
+
+
+def _case(ring: Ring, query: Array, keys: _Keys, held: _Keys, number: Array | int) -> Array:
+    """Returns which part is visited when keys have come `number` hops: its place in `_parts` and 1, or 0 for none."""
+    parts = _parts(ring, query)
+    meets = jnp.stack([_meet(keys, held, part) for part in parts])
+    is_before = jax.lax.axis_index(ring.axis_name) >= number
+    if not ring.is_causal:
+        return meets[0].astype(jnp.int32)
+    behind = jnp.where(meets[-1], 2, 0) if len(parts) > 1 else 0
+    return jnp.where(is_before, meets[0].astype(jnp.int32), behind)
+
+
+def _meet(keys: _Keys, held: _Keys, part: _Part) -> Array:
+    """Returns whether queries may find keys of their segments: false only if no row's ranges of ids overlap."""
+    if keys.segment_ids is None or held.segment_ids is None:
+        return jnp.array(True)
+    queries, others = keys.segment_ids[:, part.queries], held.segment_ids[:, part.keys]
+    return jnp.any((queries.max(1) >= others.min(1)) & (queries.min(1) <= others.max(1)))
+
+
+def _merged(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Returns output and log-sum-exp of attention to both blocks of keys."""
+    log_sum_exp = jnp.logaddexp(left[1], right[1])
+    of_left, of_right = (out * jnp.exp(each - log_sum_exp)[..., None] for out, each in (left, right))
+    return of_left + of_right, log_sum_exp
