@@ -9,6 +9,7 @@ import jax
 
 from bpt_rl import config_toml
 from bpt_rl.config import TrainConfig
+from bpt_rl.config_toml import flat
 from bpt_rl.run import records
 
 UNFIXED_FIELDS = (
@@ -61,14 +62,6 @@ def check_continuation(
             f"A run goes on with the data it began with; {folder.path} began with store digest "
             f"{folder.statistics().digest[:12]}, and {config.data.store} has {digest[:12]}. Name another folder."
         )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, with names like "data.store"."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def write_description(

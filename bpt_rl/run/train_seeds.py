@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bpt_rl.config import TrainConfig
+from bpt_rl.config_toml import flat
 from bpt_rl.run import records
-from bpt_rl.run.continuation import flat
 from bpt_rl.run.open_runs import Announce, Progress
 from bpt_rl.run.train_chains import train_chains
 from bpt_rl.run.train_td import train_td

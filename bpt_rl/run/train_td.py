@@ -15,12 +15,12 @@ import optax
 from bpt_rl.agents.base import OfflineLearner
 from bpt_rl.agents.registry import make_learner
 from bpt_rl.config import TrainConfig
+from bpt_rl.config_toml import flat
 from bpt_rl.datasets.capacity import Choice
 from bpt_rl.datasets.store import Store
 from bpt_rl.datasets.transitions import TransitionDraw, Transitions, check_room, load_transitions, num_bytes
 from bpt_rl.run import records
 from bpt_rl.run.checkpoint import Checkpoints
-from bpt_rl.run.continuation import flat
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
 from bpt_rl.run.seed_axis import numbers, over_seeds, split, stacked
 from bpt_rl.td_config import READ_FIELDS, TD_AGENTS, TDAgentName
