@@ -28,7 +28,7 @@ def play(job: Job, report: Report) -> None:
                 with Path(path).open("a") as file:
                     file.write(f"{asked['address']} {os.getpid()}\n")
             time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-            record = made_up(training["config"], asked["address"])
+            record = made_up(training["config"], asked)
             values = {"run": training["config"]["run"], "training": training["address"], "record": record}
             folder.write_result(asked["address"], values | {"costs": COSTS})
 
@@ -45,10 +45,10 @@ COSTS = {
 }
 
 
-def made_up(config: dict, address: str) -> dict:
-    """Returns an evaluation record of returns that grow with the number of trajectories."""
-    generator = np.random.default_rng(int(address, 16))
-    count = config["data"]["num_trajectories"]
+def made_up(config: dict, asked: dict) -> dict:
+    """Returns an evaluation record of returns that grow with the number of trajectories in context."""
+    generator = np.random.default_rng(int(asked["address"], 16))
+    count = asked["config"]["num_episodes"] or config["data"]["num_trajectories"]
     logs = {}
     for context, gain in (("chain", 10.0), ("memoryless", 0.0), ("random", 0.0)):
         if context == "memoryless" and count == 1:
@@ -72,7 +72,7 @@ def made_up(config: dict, address: str) -> dict:
         "task": config["data"]["task"],
         "num_episodes": count,
         "num_chains": 4,
-        "num_trajectories": count,
+        "num_trajectories": config["data"]["num_trajectories"],
         "action_repeat": 20,
         "target_return": 100.0,
         "target_rule": "largest return in the data",

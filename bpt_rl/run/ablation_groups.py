@@ -5,11 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpt_rl.ablate_config import GridConfig
+from bpt_rl.config import CHAIN_AGENTS
 from bpt_rl.run.grid import Cell
 from bpt_rl.run.grid_folder import GridFolder
 from bpt_rl.run.report_groups import Group, Run
+from bpt_rl.run.report_numbers import count
 
-COUNT, SEED, TASK = "train.data.num_trajectories", "train.seed", "train.data.task"
+SEED, TASK = "train.seed", "train.data.task"
+COUNT = "trajectories"
+"""The axis of their number: of those trained on, else, as for agents trained on a mixture, of the episodes played."""
+_COUNTS = ("train.data.num_trajectories", "evaluate.num_episodes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,9 @@ class CellGroup:
     """Finished cells that differ in their seed alone."""
 
     values: Mapping[str, Any]
-    """Of the axes but that of the seed, by the first setting of each."""
+    """Of the axes but that of the seed, by their names."""
+    common: str
+    """What sets the group apart but for its number of trajectories and its task."""
     group: Group
     """As a report sees it."""
     costs: Sequence[Mapping[str, Any]]
@@ -32,9 +39,11 @@ class CellGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What varies, a group of linked settings by its first."""
+    """What varies, a group of linked settings by one of them."""
 
     name: str
+    """`COUNT`, else that of the setting."""
+    setting: str
     values: Sequence[Any]
 
     @property
@@ -44,31 +53,42 @@ class Axis:
 
 
 def axes_of(config: GridConfig) -> dict[str, Axis]:
-    """Returns the axes of a grid by name; those that hold count, seed or task have these names."""
+    """Returns the axes of a grid by name; linked settings among which are count, seed or task go by it."""
     found = {}
+    counted = next((name for name in _COUNTS if name in config.settings()), "")
     for axis in config.every_axis():
-        name = next((name for name in (COUNT, SEED, TASK) if name in axis), next(iter(axis)))
-        found[name] = Axis(name=name, values=axis[name])
+        setting = next((name for name in (counted, SEED, TASK) if name in axis), next(iter(axis)))
+        name = COUNT if setting == counted else setting
+        found[name] = Axis(name=name, setting=setting, values=axis[setting])
     return found
 
 
 def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -> list[CellGroup]:
     """Returns the groups of the finished cells, in the order of the grid."""
     done, axes = folder.finished(), axes_of(config)
+    seeds = {name for axis in config.every_axis() if SEED in axis for name in axis}
     members: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
     for cell in cells:
         if cell.address in done:
-            key = tuple((name, repr(value)) for name, value in cell.values.items() if name != SEED)
+            key = tuple((name, repr(value)) for name, value in cell.values.items() if name not in seeds)
             members.setdefault(key, []).append(cell)
     groups = []
     for some in members.values():
-        values = {n: v for n, v in some[0].values.items() if n in axes and n != SEED}
+        own = some[0].values
+        values = {n: own[a.setting] for n, a in axes.items() if a.setting in own and n != SEED}
+        common, played = _note(values), ""
+        if COUNT in values and axes[COUNT].setting == _COUNTS[1]:
+            played = count(int(values[COUNT]), "episode")
+            if some[0].train.agent not in CHAIN_AGENTS:
+                # No episode of it knows of those before.
+                values[_COUNTS[1]] = values.pop(COUNT)
         results = [folder.result(cell.address) for cell in some]
         runs = [_run(cell, result, folder) for cell, result in zip(some, results, strict=True)]
         groups.append(
             CellGroup(
                 values=values,
-                group=Group(runs, _note(values)),
+                common=common,
+                group=Group(runs, ", ".join(filter(None, (played, common)))),
                 costs=[result["costs"] for result in results],
                 addresses=[cell.address for cell in some],
             )
@@ -89,8 +109,8 @@ def families(groups: Sequence[CellGroup]) -> list[list[CellGroup]]:
 
 def family_title(family: Sequence[CellGroup]) -> str:
     """Returns what a family's groups have in common, for a heading."""
-    group = family[0].group
-    return f"{group.agent_title}, {group.note}" if group.note else group.agent_title
+    title = family[0].group.agent_title
+    return f"{title}, {family[0].common}" if family[0].common else title
 
 
 def _run(cell: Cell, result: Mapping[str, Any], folder: GridFolder) -> Run:
@@ -112,4 +132,4 @@ def _note(values: Mapping[str, Any]) -> str:
 
 def words_of(name: str) -> str:
     """Returns a setting's last word, in words."""
-    return "trajectories" if name == COUNT else name.rpartition(".")[2].replace("_", " ")
+    return name.rpartition(".")[2].replace("_", " ")

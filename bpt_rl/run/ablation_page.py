@@ -10,6 +10,7 @@ from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.run import ablation_plots, report_page, report_plots, report_tables
 from bpt_rl.run.ablation_groups import (
+    COUNT,
     SEED,
     TASK,
     CellGroup,
@@ -81,7 +82,8 @@ def _plots(found: Iterator[Plot | None]) -> str:
 
 def _count_plots(groups: Sequence[CellGroup], prefix: str) -> Iterator[Plot]:
     for index, family in enumerate(families(groups)):
-        for plot in report_plots.count_plots([g.group for g in family], f"{prefix}n{index}"):
+        members = [(int(g.values[COUNT]), g.group) for g in family]
+        for plot in report_plots.count_plots(members, f"{prefix}n{index}"):
             yield dataclasses.replace(plot, title=f"{plot.title}, {family_title(family)}")
 
 

@@ -30,7 +30,7 @@ def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
 def _of_count(family: Sequence[CellGroup]) -> str:
     most, fewest = family[-1], family[0]
     found = contrast(most.group, fewest.group)
-    of = f" ({html.escape(most.group.note)})" if most.group.note else ""
+    of = f" ({html.escape(most.common)})" if most.common else ""
     lead = (
         f"On <strong>{html.escape(most.task)}</strong>, {html.escape(most.group.agent_title)}{of}, "
         f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {found.protocol} "

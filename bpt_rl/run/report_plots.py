@@ -94,20 +94,22 @@ def episode_curve(group: Group, index: int | str) -> Plot | None:
 
 def ablations(groups: Sequence[Group]) -> list[Plot]:
     """Returns two plots over the number of trajectories for each of `families`."""
-    return [plot for i, family in enumerate(families(groups)) for plot in count_plots(family, f"family{i}")]
+    found = []
+    for index, family in enumerate(families(groups)):
+        found += count_plots([(g.config.data.num_trajectories, g) for g in family], f"family{index}")
+    return found
 
 
-def count_plots(family: Sequence[Group], prefix: str) -> list[Plot]:
+def count_plots(family: Sequence[tuple[int, Group]], prefix: str) -> list[Plot]:
     """Returns mean and last, and the largest beside luck, over the number of trajectories.
 
     Args:
-      family: Groups of several numbers of trajectories, alike in all else.
+      family: Groups with their numbers of trajectories, alike in all else.
       prefix: Of the figures' ids.
     """
     lines: dict[str, list[tuple[int, Estimate]]] = {}
-    samples = "; ".join(f"n={g.config.data.num_trajectories}: {_sample(g)}" for g in family)
-    for group in family:
-        size = group.config.data.num_trajectories
+    samples = "; ".join(f"n={size}: {_sample(group)}" for size, group in family)
+    for size, group in family:
         chain, control = group.logs("chain"), group.memoryless_logs()
         lines.setdefault("mean", []).append((size, protocols.estimate("mean", chain)))
         lines.setdefault("last", []).append((size, protocols.estimate("last", chain)))

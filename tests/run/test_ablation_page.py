@@ -14,7 +14,7 @@ from bpt_rl.config import DataConfig, TrainConfig
 from bpt_rl.run import protocols, statistics
 from bpt_rl.run.ablate import ablate
 from bpt_rl.run.ablation_contrast import contrast
-from bpt_rl.run.ablation_groups import axes_of, families, read_groups
+from bpt_rl.run.ablation_groups import COUNT, axes_of, families, read_groups
 from bpt_rl.run.launchers import InlineLauncher
 
 STUBS = Path(__file__).resolve().parents[2] / "benchmarks" / "stub_cells.py"
@@ -155,7 +155,7 @@ def test_the_page_shows_every_part_for_each_task(text):
 def test_interaction_points_are_means_over_seeds(text, groups):
     shown = text.split("<h2>How the axes act together: cartpole_balance</h2>")[1]
     alt = re.search(r'aria-label="(Return against trajectories[^"]*)"', shown)[1]
-    group = next(g for g in groups if g.values["train.data.num_trajectories"] == 4)
+    group = next(g for g in groups if g.values[COUNT] == 4)
     expected = protocols.estimate("last", group.group.logs("chain"))
     assert f"{expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] at 4" in alt
 
@@ -164,6 +164,22 @@ def test_linked_settings_are_one_axis_named_by_what_counts(store_path):
     linked = ({"evaluate.seed": (1, 2), "train.data.task": ("cartpole_balance", "cartpole_swingup")},)
     config = GridConfig(linked=linked, axes={"train.seed": (0, 1)})
     assert list(axes_of(config)) == ["train.data.task", "train.seed"]
+
+
+def test_of_a_mixture_the_episodes_played_are_the_number_of_trajectories(store_path, tmp_path, stubs):
+    data = DataConfig(store=str(store_path), task="cartpole_balance", batch_size=2, mixture=(1, 2, 4))
+    axes = {"evaluate.num_episodes": (1, 2, 4), "train.seed": (0, 1)}
+    axes["train.agent"] = ("at", "dt")
+    config = GridConfig(out=str(tmp_path), axes=axes, train=TrainConfig(data=data))
+    found = ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    assert len(found.run_folders) == 4
+    # A Decision Transformer has nothing of its earlier episodes.
+    [family] = families(read_groups(config, found.cells, found.folder))
+    assert [group.group.evaluation["num_episodes"] for group in family] == [1, 2, 4]
+    titles = [group.group.title for group in family]
+    assert titles[0] == "Agentic Transformer, 4 trajectories, 1 episode"
+    shown = words(found.folder.page_path.read_text())
+    assert "On cartpole_balance, Agentic Transformer, 4 trajectories against 1: last +" in shown
 
 
 @pytest.mark.parametrize("width", [390, 1280])
