@@ -53,7 +53,7 @@ class Stages:
         task = self._progress.add_task(label, total=None, note="")
         last_note = ""
 
-        def advance(done: int, total: int, *, note: str = "") -> None:
+        def advance(done: float, total: float, *, note: str = "") -> None:
             nonlocal last_note
             last_note = note
             self._progress.update(task, completed=done, total=total, note=note)
