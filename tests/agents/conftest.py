@@ -12,8 +12,6 @@ from bpt_rl.agents.registry import make_explorer
 from bpt_rl.collect_config import ExplorationConfig
 from bpt_rl.types import Transition
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Halves the compile time."""
 CONFIG = ExplorationConfig(hidden_dim=8, batch_size=6, learning_rate=1e-3)
 
 
@@ -25,7 +23,7 @@ def explorer(name):
 
 @functools.cache
 def start(name):
-    return jax.jit(explorer(name).init, compiler_options=QUICK)(jax.random.key(0))
+    return jax.jit(explorer(name).init)(jax.random.key(0))
 
 
 @functools.cache
@@ -33,7 +31,6 @@ def step(name):
     """Returns the compiled update; it takes the number of a key, not a key."""
     return jax.jit(
         lambda state, batch, number: explorer(name).update(state, batch, jax.random.key(number)),
-        compiler_options=QUICK,
     )
 
 
@@ -42,7 +39,6 @@ def compiled_draw(name):
     state = start(name)
     return jax.jit(
         lambda number: explorer(name).draw_skills(state, jax.random.key(number), 4096),
-        compiler_options=QUICK,
     )
 
 

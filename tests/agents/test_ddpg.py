@@ -44,14 +44,9 @@ def batch_of(skill_dim, num_rows=B):
     )
 
 
-def quick(function):
-    """Half the time to compile."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def fresh(learner, seed):
     """In NumPy's arrays, which nothing is compiled for."""
-    return jax.tree.map(np.asarray, quick(learner.init)(jax.random.key(seed)))
+    return jax.tree.map(np.asarray, jax.jit(learner.init)(jax.random.key(seed)))
 
 
 def layer_norm(x):
@@ -80,7 +75,7 @@ def plain_values(critic, observation, action, skill, features):
 
 def after_a_first_adam_step(params, loss):
     """Adam's first step, by its formula: moments are the gradient and its square once the bias is out."""
-    gradient = quick(jax.grad(loss))(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     return jax.tree.map(lambda p, g: p - CONFIG.learning_rate * g / (np.abs(g) + 1e-8), params, gradient)
 
 
@@ -95,7 +90,7 @@ def test_an_update_moves_each_network_by_its_own_loss_alone(skill_dim, features)
     # Of its own, so that a target from the wrong network is seen.
     state = state._replace(target=fresh(learner, 1).critic)
     batch, reward = batch_of(skill_dim), jnp.arange(B, dtype=jnp.float32)
-    updated, metrics = quick(learner.update)(state, batch, reward, jax.random.key(2))
+    updated, metrics = jax.jit(learner.update)(state, batch, reward, jax.random.key(2))
 
     def target(row, reward):
         action = plain_action(state.actor, row.next_observation, row.skill)
@@ -117,7 +112,7 @@ def test_an_update_moves_each_network_by_its_own_loss_alone(skill_dim, features)
 
         return -jax.vmap(value)(batch).mean()
 
-    targets = quick(jax.vmap(target))(batch, reward)
+    targets = jax.jit(jax.vmap(target))(batch, reward)
     # float32 in another order; Adam's first step divides the gradient by its own size.
     all_close(updated.critic, after_a_first_adam_step(state.critic, critic_loss), atol=1e-4)
     all_close(updated.actor, after_a_first_adam_step(state.actor, actor_loss), atol=1e-4)
@@ -154,7 +149,7 @@ def test_targets_are_those_worked_out_by_hand():
     batch = Transition(
         observation=one, action=one, discount=jnp.array([0.81]), next_observation=one, skill=jnp.zeros((1, 0))
     )
-    targets = quick(learner.targets)(state, batch, jnp.array([2.0]), jax.random.key(0))
+    targets = jax.jit(learner.targets)(state, batch, jnp.array([2.0]), jax.random.key(0))
     # 2 + 0.81 (0.5 - 0.761594); the action is tanh(-3) and at most 0.3 more.
     np.testing.assert_allclose(targets, [1.788109], rtol=1e-5)
 
@@ -165,7 +160,7 @@ def test_noise_in_targets_is_clipped():
     state = fresh(learner, 0)
     batch = jax.tree.map(lambda x: np.tile(x[:1], (32, 1)[: x.ndim]), batch_of(0))
     batch = batch._replace(action=batch.action[:, :1])
-    targets = quick(learner.targets)(state, batch, jnp.zeros(32), jax.random.key(1))
+    targets = jax.jit(learner.targets)(state, batch, jnp.zeros(32), jax.random.key(1))
     observation, skill = batch.next_observation[0], batch.skill[0]
     mean = plain_action(state.actor, observation, skill)
     expected = [
@@ -185,7 +180,7 @@ def test_actions_are_noisy_means_within_bounds_or_uniform():
     bold = state._replace(actor=jax.tree.map(lambda p: 1000 * p, state.actor))
     observation = np.tile(batch_of(0).observation[:1], (4000, 1))
     skill = np.ones((4000, 1))
-    act = quick(learner.act)
+    act = jax.jit(learner.act)
     actions = act(state, observation, skill, jax.random.key(1), is_uniform=False)
     mean = plain_action(state.actor, observation[0], skill[0])
     middle = np.abs(mean) < 0.3

@@ -18,8 +18,6 @@ from bpt_rl.datasets.transitions import TransitionBatch
 from bpt_rl.td_config import TD_AGENTS, CQLConfig, CRRConfig, IQLConfig, TDConfig
 
 CLASSES = {"td3": TD3, "td3_bc": TD3BC, "crr": CRR, "cql": CQL, "iql": IQL}
-QUICK = {"xla_backend_optimization_level": 0}
-"""Halves the compile time."""
 O, A, B = 3, 2, 5  # noqa: E741
 CONFIG = TDConfig(hidden_dim=4, learning_rate=1e-2, target_rate=0.25, discount=0.9)
 VARIANTS = {
@@ -67,7 +65,7 @@ def random_batch():
 def random_state(learner, scale):
     """With biases, a target of its own, and critics so steep that all branches of the weights are met."""
     generator = np.random.default_rng(1)
-    state = jax.jit(learner.init, compiler_options=QUICK)(jax.random.key(0))
+    state = jax.jit(learner.init)(jax.random.key(0))
     state = jax.tree.map(
         lambda x: (
             np.asarray(x + 0.3 * generator.normal(size=x.shape)).astype(x.dtype)
@@ -254,7 +252,7 @@ def update_once(learner, state, batch, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax.random, "normal", fixed_normal)
         patch.setattr(jax.random, "uniform", fixed_uniform)
-        return jax.jit(learner.update, compiler_options=QUICK)(state, batch, jax.random.key(0))
+        return jax.jit(learner.update)(state, batch, jax.random.key(0))
 
 
 def test_every_name_is_tested():
@@ -331,7 +329,7 @@ def test_losses_are_those_worked_out_by_hand(case, monkeypatch):
     )
     with monkeypatch.context() as patch:
         patch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))
-        _, metrics = jax.jit(learner.update, compiler_options=QUICK)(state, batch, jax.random.key(0))
+        _, metrics = jax.jit(learner.update)(state, batch, jax.random.key(0))
     for name, number in numbers.items():
         np.testing.assert_allclose(metrics[name], number, rtol=1e-6, atol=1e-6)
 
@@ -355,7 +353,7 @@ def test_learners_and_their_policies_meet_the_protocols(name):
 def test_deviations_stay_within_bounds():
     batch = random_batch()
     actor = random_state(IQL(CONFIG, O, A), scale=1.0).actor.params
-    likelihood = jax.jit(log_likelihood, compiler_options=QUICK)
+    likelihood = jax.jit(log_likelihood)
     for extreme, bound in ((-50.0, -5.0), (9.0, 2.0)):
         found, expected = (
             likelihood(actor._replace(log_std=np.full(A, log_std, np.float32)), batch)
@@ -363,7 +361,7 @@ def test_deviations_stay_within_bounds():
         )
         np.testing.assert_array_equal(found, expected)
     actor = random_state(CQL(CONFIG, O, A), scale=1.0).actor.params
-    sample = jax.jit(sample_actions, compiler_options=QUICK)
+    sample = jax.jit(sample_actions)
     for extreme, bound in ((-90.0, -10.0), (90.0, 2.0)):
         actor["head"]["kernel"][:, A:], found = 0, []
         for log_std in (extreme, bound):
@@ -373,7 +371,7 @@ def test_deviations_stay_within_bounds():
 
 
 def test_two_critics_have_no_parameter_in_common():
-    state = jax.jit(TD3(CONFIG, O, A).init, compiler_options=QUICK)(jax.random.key(0))
+    state = jax.jit(TD3(CONFIG, O, A).init)(jax.random.key(0))
     for leaf, twin in zip(jax.tree.leaves(state.critic.params), jax.tree.leaves(state.target), strict=True):
         np.testing.assert_array_equal(leaf, twin)
     for layer in state.critic.params.values():
