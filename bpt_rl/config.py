@@ -6,6 +6,7 @@ from typing import Literal
 
 from bpt_rl.config_checks import not_negative, positive
 from bpt_rl.expected_return_config import ExpectedReturnConfig
+from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.td_config import TDAgentName, TDConfig
 
 Layout = Literal[
@@ -229,6 +230,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     td: TDConfig = dataclasses.field(default_factory=TDConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     expected_return: ExpectedReturnConfig = dataclasses.field(default_factory=ExpectedReturnConfig)
     return_scale: Literal["largest_return", "mean_return", "none"] = "largest_return"
     """Returns-to-go are divided by this statistic of the data before they enter the model."""
@@ -245,6 +247,16 @@ class TrainConfig:
             raise ValueError(
                 "expected_return.* is read where data.relabel is expected_return; got relabel "
                 f"{self.data.relabel!r} and {self.expected_return}. Leave expected_return.* out, or relabel so."
+            )
+        if self.mesh.num_devices > 1 and self.agent not in (*CHAIN_AGENTS, *CONDITIONED_AGENTS):
+            raise ValueError(
+                f"Agents with a transformer train on several devices; got agent {self.agent!r} and {self.mesh}. Leave "
+                "mesh.* out, or train at, dt or ad."
+            )
+        if self.mesh.num_devices > 1 and self.optimizer.place == "host":
+            raise ValueError(
+                f"Several devices keep the optimizer's state among them; got optimizer.place 'host' and {self.mesh}. "
+                "Use mesh.fsdp to split it, or one device."
             )
         positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
         not_negative(self, "seed")

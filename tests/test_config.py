@@ -24,6 +24,7 @@ from bpt_rl.config import (
 )
 from bpt_rl.config_toml import from_mapping, load, preset_names, to_toml
 from bpt_rl.expected_return_config import ExpectedReturnConfig
+from bpt_rl.mesh_config import MeshConfig
 
 ALL = (
     ModelConfig,
@@ -41,6 +42,7 @@ ALL = (
     PlanConfig,
     TDConfig,
     ExpectedReturnConfig,
+    MeshConfig,
 )
 CHANGED: tuple[Any, ...] = (
     ModelConfig(layout="fused", embed_dim=64, num_heads=8, num_kv_heads=2, dropout=0.0, activations="keep"),
@@ -136,6 +138,13 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay"),
         (OptimizerConfig, {"beta2": 1.0}, r"beta2 must lie in \(0, 1\); got 1.0"),
         (ExpectedReturnConfig, {"held_out": 1.0}, r"held_out must lie in \(0, 1\); got 1.0"),
+        (MeshConfig, {"fsdp": 0}, "fsdp must be positive; got 0"),
+        (TrainConfig, {"agent": "bc", "mesh": MeshConfig(data=2)}, "got agent 'bc' and MeshConfig"),
+        (
+            TrainConfig,
+            {"optimizer": OptimizerConfig(place="host"), "mesh": MeshConfig(data=2)},
+            "got optimizer.place 'host' and MeshConfig",
+        ),
         (ExpectedReturnConfig, {"max_episodes": 1}, "one to measure on; got 1. Use at least 2"),
         (TrainConfig, {"log_every": 0}, "log_every must be positive"),
         (EvaluateConfig, {"target_quantile": 1.5}, "target_quantile must lie in"),

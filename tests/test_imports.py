@@ -16,6 +16,7 @@ ROOMS = {
     "collect_config": 0,
     "config_checks": 0,
     "td_config": 0,
+    "mesh_config": 0,
     "expected_return_config": 0,
     "envs": 1,
     "datasets": 2,

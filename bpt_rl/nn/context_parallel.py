@@ -12,7 +12,7 @@ from bpt_rl.config import Implementation
 from bpt_rl.nn.attention import dot_product_attention
 from bpt_rl.nn.blockwise import ChunkSizes
 from bpt_rl.nn.ring_attention import Ring, ring_attention
-from bpt_rl.nn.zigzag import Placement
+from bpt_rl.nn.zigzag import Placement, local_positions
 
 Method = Literal["ring", "ulysses"]
 
@@ -37,6 +37,10 @@ class ContextAxis:
     def num_chunks(self) -> int:
         """What the length of a sequence must be a multiple of."""
         return 2 * self.num_devices if self.placement == "zigzag" else self.num_devices
+
+    def positions(self, num_local: int) -> Int[Array, "local"]:
+        """Returns the positions in the whole sequence of the `num_local` tokens of this device."""
+        return local_positions(num_local, self.name, self.num_devices, self.placement)
 
 
 def context_attention(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from bpt_rl.config import FullContext, TrainConfig
 from bpt_rl.nn.cached_policy import CachedPolicy
+from bpt_rl.nn.loss_over_devices import loss_over_devices
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.policy import make_policy
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
@@ -44,8 +45,12 @@ class TrajectoryLearner:
         self, params: Params, batch: PackedBatch, key: jax.Array | None
     ) -> tuple[Float[jax.Array, ""], dict[str, Float[jax.Array, ""]]]:
         """Returns the action loss over the steps that count; no dropout without a key."""
-        model = nnx.merge(self._graph, params)
-        predicted = model(self._normalizer(batch), key)
+        normalized, mesh = self._normalizer(batch), self._config.mesh
+        if mesh.num_devices > 1:
+            model_config = self._config.model
+            loss = loss_over_devices(self._graph, params, normalized, key, model=model_config, mesh=mesh)
+            return loss, {"loss": loss}
+        predicted = nnx.merge(self._graph, params)(normalized, key)
         loss = action_loss(predicted, batch.action, batch.loss_mask, self._config.model.action_distribution)
         return loss, {"loss": loss}
 

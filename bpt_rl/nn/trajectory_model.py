@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
+from bpt_rl.nn.device_mesh import Sharing
 from bpt_rl.nn.feedforward import blockwise_map
 from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop, make_norm
 from bpt_rl.types import LAYOUTS, WITHOUT_RETURN, PackedBatch
@@ -36,6 +37,14 @@ class ActionDistribution(NamedTuple):
             return self.mean
         noise = jax.random.normal(key, self.mean.shape)
         return jnp.clip(self.mean + jnp.exp(self.log_std) * noise, -1, 1)
+
+
+class Outcomes(NamedTuple):
+    """What followed a step."""
+
+    action: Float[Any, "B T A"]
+    reward: Float[Any, "B T"]
+    completion: Float[Any, "B T"]
 
 
 class Step(NamedTuple):
@@ -164,14 +173,17 @@ class TrajectoryModel(nnx.Module):
         log_std = output[..., self.action_dim :]
         return ActionDistribution(mean, jnp.clip(log_std, -5, 1) if log_std.size else jnp.zeros_like(mean))
 
-    def embed(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> Float[jax.Array, "B S D"]:
+    def embed(
+        self, batch: PackedBatch, dropout_key: jax.Array | None = None, previous: Outcomes | None = None
+    ) -> Float[jax.Array, "B S D"]:
         """Returns the token embeddings of a normalised batch, the tokens of a step side by side.
 
-        They are made chunk by chunk in float32, and leave in the compute type.
+        They are made chunk by chunk in float32, and leave in the compute type. A fused layout takes `previous` for
+        what came before each step, where the batch does not hold the step before.
         """
-        action, reward, completion = (
-            _previous(batch) if self._is_fused else (batch.action, batch.reward, batch.completion)
-        )
+        action, reward, completion = (batch.action, batch.reward, batch.completion)
+        if self._is_fused:
+            action, reward, completion = previous or previous_outcomes(batch)
         inputs = (
             batch.return_to_go,
             batch.observation,
@@ -208,18 +220,33 @@ class TrajectoryModel(nnx.Module):
         normed = self.embed_norm(jnp.stack(tokens, axis=2))
         return drop(normed, self.config.dropout, dropout_key).astype(self.config.compute_dtype)
 
-    def __call__(self, batch: PackedBatch, dropout_key: jax.Array | None = None) -> ActionDistribution:
-        """Returns the predicted action of every step of a normalised batch, [B, T, A]."""
+    def __call__(
+        self,
+        batch: PackedBatch,
+        dropout_key: jax.Array | None = None,
+        *,
+        previous: Outcomes | None = None,
+        sharing: Sharing | None = None,
+    ) -> ActionDistribution:
+        """Returns the predicted action of every step of a normalised batch, [B, T, A].
+
+        Args:
+          batch: Or this device's share of its rows and steps.
+          dropout_key: Draws dropout; none without it.
+          previous: As for `embed`.
+          sharing: With the devices that have the others.
+        """
         tokens_per_step = self.tokens_per_step
         keys = (None, None) if dropout_key is None else tuple(jax.random.split(dropout_key))
         ids = batch.segment_ids
         action: ActionDistribution = self.transformer(
-            self.embed(batch, keys[0]),
+            self.embed(batch, keys[0], previous),
             None if ids is None else jnp.repeat(ids, tokens_per_step, axis=1),
             keys[1],
             positions=self._positions(batch.step),
             read=self._read,
             tokens=slice(self._num_known - 1, None, tokens_per_step),
+            sharing=sharing,
         )
         return action
 
@@ -279,7 +306,8 @@ class TrajectoryModel(nnx.Module):
         )
 
 
-def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def previous_outcomes(batch: PackedBatch) -> Outcomes:
+    """Returns what followed the step before each step of its segment; zeros before the first."""
     ids = jnp.ones(batch.step.shape, jnp.int32) if batch.segment_ids is None else batch.segment_ids
     is_inside = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
 
@@ -287,7 +315,7 @@ def _previous(batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
         return jnp.where(is_inside.reshape(is_inside.shape + (1,) * (x.ndim - 2)), shifted, 0)
 
-    return shift(batch.action), shift(batch.reward), shift(batch.completion)
+    return Outcomes(shift(batch.action), shift(batch.reward), shift(batch.completion))
 
 
 def action_loss(
@@ -300,8 +328,19 @@ def action_loss(
 
     Mean squared error for `deterministic`; negative log-likelihood, up to its constant, for `gaussian`.
     """
+    total, count = action_loss_sums(predicted, action, loss_mask, distribution)
+    return total / jnp.maximum(count, 1)
+
+
+def action_loss_sums(
+    predicted: ActionDistribution,
+    action: Float[Any, "B T A"],
+    loss_mask: Float[Any, "B T"],
+    distribution: str,
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
+    """Returns the sum of the loss over the steps that count, and their number; see `action_loss`."""
     squared = jnp.square(predicted.mean - action)
     if distribution == "gaussian":
         squared = 0.5 * squared * jnp.exp(-2 * predicted.log_std) + predicted.log_std
     per_step = squared.mean(axis=-1)
-    return jnp.sum(per_step * loss_mask) / jnp.maximum(jnp.sum(loss_mask), 1)
+    return jnp.sum(per_step * loss_mask), jnp.sum(loss_mask)

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn.context_parallel import ContextAxis, context_attention
+from bpt_rl.nn.device_mesh import Sharing
 from bpt_rl.nn.feedforward import blockwise_map
 from bpt_rl.nn.rematerialisation import LAYER_INPUT, keeping_attention, scan_layers
 from bpt_rl.nn.rotary import apply_rotary
@@ -107,8 +109,11 @@ class Block(nnx.Module):
         x: Float[jax.Array, "B S D"],
         positions: Int[jax.Array, "B S"],
         segment_ids: Int[jax.Array, "B S"] | None,
+        axis: ContextAxis | None = None,
     ) -> Float[jax.Array, "B S HK"]:
         """Returns what the heads attend to, side by side; groups of heads one after another.
+
+        With an axis the tokens are a share of the sequence, and attend to all of it.
 
         Groups project chunk by chunk, so that the normed stream never exists whole; without groups that would cost
         3% of a step and save nothing, since queries, keys and values of all heads outweigh it.
@@ -120,15 +125,14 @@ class Block(nnx.Module):
             query, key, value = blockwise_map(
                 lambda x, positions, _: self.project(x, positions, kernels), (x, positions), chunk_size
             )
-            return dot_product_attention(
-                query,
-                key,
-                value,
-                implementation=config.implementation,
-                segment_ids=segment_ids,
-                query_chunk_size=config.query_chunk_size,
-                key_chunk_size=config.key_chunk_size,
-            )
+            options: dict[str, Any] = {
+                "implementation": config.implementation,
+                "query_chunk_size": config.query_chunk_size,
+                "key_chunk_size": config.key_chunk_size,
+            }
+            if axis:
+                return context_attention(query, key, value, segment_ids, axis, **options)
+            return dot_product_attention(query, key, value, segment_ids=segment_ids, **options)
 
         kernels = self.kernels()
         if num_groups == 1:
@@ -157,9 +161,10 @@ class Block(nnx.Module):
         positions: Int[jax.Array, "B S"],
         segment_ids: Int[jax.Array, "B S"] | None,
         dropout_key: jax.Array | None,
+        axis: ContextAxis | None = None,
     ) -> Float[jax.Array, "B S D"]:
         """Returns the stream after this block; tokens see earlier tokens of their own segment."""
-        inputs = (x, self.attend(x, positions, segment_ids))
+        inputs = (x, self.attend(x, positions, segment_ids, axis))
         chunk_size = self.config.feedforward_chunk_size
         stream: jax.Array = blockwise_map(self._residuals, inputs, chunk_size, key=dropout_key)
         return stream
@@ -260,6 +265,7 @@ class Transformer(nnx.Module):
         positions: Int[jax.Array, "B S"] | None = None,
         read: Callable[[Float[jax.Array, "B C D"]], Any] = lambda normed: normed,
         tokens: slice = slice(None),
+        sharing: Sharing | None = None,
     ) -> Any:
         """Returns what `read` makes of the normed stream of a packed batch of token embeddings.
 
@@ -271,17 +277,21 @@ class Transformer(nnx.Module):
           read: Maps normed tokens [B, C, D] to a tree of arrays [B, C, ...], each token by itself; it goes over them
             chunk by chunk.
           tokens: Those to be read.
+          sharing: With other devices, where `x` is this device's share of the rows, or of each row's tokens.
         """
         graph, stacked = nnx.split(self.blocks)
         config = self.config
+        axis = sharing.context if sharing else None
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            in_row = jnp.arange(x.shape[1]) if axis is None else axis.positions(x.shape[1])
+            positions = jnp.broadcast_to(in_row, x.shape[:2])
 
         def layer(stream: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             state, index = inputs
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             stream = checkpoint_name(stream, LAYER_INPUT)
-            return nnx.merge(graph, widened(state))(stream, positions, segment_ids, key), None
+            state = sharing.gathered(state) if sharing else widened(state)
+            return nnx.merge(graph, state)(stream, positions, segment_ids, key, axis), None
 
         layers = (stacked, jnp.arange(config.num_layers))
         stream = scan_layers(layer, x.astype(config.compute_dtype), layers, config)

@@ -20,12 +20,17 @@ UNFIXED_FIELDS = (
     "logger",
     "data.store",
     "data.place",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.context",
+    "mesh.attention",
     "model.activations",
     "model.head_groups",
     "model.layer_groups",
     "optimizer.place",
 )
-"""Fields that may change between a run and its continuation: they change no parameter but by rounding.
+"""Fields that may change between a run and its continuation: they change no parameter but by rounding, a mesh also by
+what dropout draws.
 
 A store may lie elsewhere by then; its digest tells whether it is the same. Sizes of chunks are not among them: each
 chunk draws dropout of its own.

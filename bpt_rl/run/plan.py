@@ -96,6 +96,11 @@ def make_plan(config: PlanConfig) -> Plan:
     Raises:
       ValueError: If agent, attention, task or context length cannot be planned.
     """
+    if config.mesh.num_devices > 1:
+        raise ValueError(
+            f"Plans are of one device; got {config.mesh}. Leave mesh.* out, and ask for one device's rows by "
+            "data.batch_size."
+        )
     device = H100 if config.device == "h100" else this_device()
     if config.host_gib:
         device = dataclasses.replace(device, host_memory=int(config.host_gib * GIB))

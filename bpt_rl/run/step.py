@@ -10,6 +10,7 @@ import optax
 
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.config import OptimizerConfig
+from bpt_rl.nn.device_mesh import parameter_shardings
 from bpt_rl.nn.working_copy import narrowed, slots_of, with_slots
 from bpt_rl.run.seed_axis import over_seeds, shapes_over_seeds
 from bpt_rl.types import PackedBatch
@@ -120,8 +121,17 @@ def updated(
     return TrainState(state.step + 1, params, optimizer_state), norms
 
 
-def state_layout(state: TrainState, config: OptimizerConfig) -> TrainState:
-    """Returns shape, type and place of each array of a state, as `optimizer.place` says."""
+def state_layout(
+    state: TrainState, config: OptimizerConfig, mesh: jax.sharding.Mesh | None = None
+) -> TrainState:
+    """Returns shape, type and place of each array of a state, as `optimizer.place` or the mesh says."""
+    if mesh:
+        shared: TrainState = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            parameter_shardings(state, mesh),
+        )
+        return shared
 
     def layout(leaf: Any) -> jax.ShapeDtypeStruct:
         # Counts of steps are nothing to move.
@@ -133,12 +143,14 @@ def state_layout(state: TrainState, config: OptimizerConfig) -> TrainState:
     return layouts
 
 
-def placed_state(agent: Agent, config: OptimizerConfig, seed: int) -> TrainState:
+def placed_state(
+    agent: Agent, config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh | None = None
+) -> TrainState:
     """Returns the state before the first step, each array in its place."""
     state = init_state(agent, make_optimizer(config), seed)
-    if config.place == "device":
+    if config.place == "device" and not mesh:
         return state
-    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config)))
+    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config, mesh)))
     return placed
 
 
@@ -173,6 +185,7 @@ def compile_step(
     kernel_dtype: str = "float32",
     make_batch: Callable[[Any], PackedBatch] = lambda batch: batch,
     num_seeds: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> CompiledStep:
     """Returns the gradient step that training and benchmarks run.
 
@@ -188,9 +201,11 @@ def compile_step(
       make_batch: Makes the batch of inputs, in the same program.
       num_seeds: States, batches and keys of several are stacked (`bpt_rl.run.seed_axis`), and the state lies on the
         device.
+      mesh: Devices that share the step, if there are several: parameters and moments lie as
+        `bpt_rl.nn.device_mesh` says, inputs and key on each.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config)
+    shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config, mesh)
 
     def one(state: TrainState, batch: PackedBatch, key: jax.Array) -> tuple[TrainState, Metrics]:
         next_state, metrics = train_step(agent, optimizer, state, batch, key)
@@ -205,7 +220,10 @@ def compile_step(
 
     if config.place == "device":
         states = shapes_over_seeds(shapes, num_seeds)
-        return CompiledStep((jax.jit(whole, donate_argnums=0).lower(states, inputs, key).compile(),))
+        # Left to the compiler, a state could come back lying otherwise than the next step takes it.
+        kept = (_shardings(shapes), None) if mesh else None
+        step = jax.jit(whole, donate_argnums=0, out_shardings=kept)
+        return CompiledStep((step.lower(states, inputs, key).compile(),))
     copy, update = _lowered_transfers(config, shapes, kernel_dtype)
     lowered = (copy, jax.jit(gradient).lower(copy.out_info, shapes.step, inputs, key), update)
     return CompiledStep(tuple(program.compile() for program in lowered))

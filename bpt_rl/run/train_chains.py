@@ -15,6 +15,8 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.device_mesh import make_mesh
 from bpt_rl.run import records
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import Device, this_device
@@ -72,7 +74,7 @@ def train_chains(
         sampler = ChainSampler(
             store, config.data, config.model.layout, config.seed, expected_return=expected_return
         )
-        rows = _rows_of(sampler, statistics)
+        rows = _rows_of(sampler, statistics, config.mesh)
         # To each seed its share: a step takes as much for every seed.
         device = _device_beside(sampler).share(len(configs))
         choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(config))
@@ -121,13 +123,24 @@ def _check_settings(config: TrainConfig, num_seeds: int) -> None:
             "Seeds that are trained at once keep their parameters on the device; got optimizer.place 'host' and "
             f"{num_seeds} seeds. Train them one after another, or leave optimizer.place out."
         )
+    if num_seeds > 1 and config.mesh.num_devices > 1:
+        raise ValueError(
+            f"Seeds are trained at once on one device; got {num_seeds} seeds and {config.mesh}. Train them one after "
+            "another, or leave mesh.* out."
+        )
 
 
-def _rows_of(sampler: ChainSampler, statistics: DataStatistics) -> Rows:
+def _mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
+    """Returns the devices that share a run's steps; None for one, whose programs know of no mesh."""
+    return make_mesh(config.mesh) if config.mesh.num_devices > 1 else None
+
+
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics, mesh: MeshConfig) -> Rows:
+    """Returns what a device has of a micro-batch."""
     return Rows(
         statistics=statistics,
-        num_rows=sampler.num_rows,
-        context_length=sampler.context_length,
+        num_rows=-(-sampler.num_rows // (mesh.data * mesh.fsdp)),
+        context_length=-(-sampler.context_length // mesh.context),
         is_one_chain_a_row=sampler.is_one_chain_a_row,
     )
 
@@ -135,10 +148,11 @@ def _rows_of(sampler: ChainSampler, statistics: DataStatistics) -> Rows:
 def _state_at(start: int, agent: Agent, run: OpenRun) -> TrainState:
     """Returns a run's state after `start` steps, each array in its place; never two of them at once."""
     optimizer, seed = run.config.optimizer, run.config.seed
+    mesh = _mesh_of(run.config)
     if not start:
-        return placed_state(agent, optimizer, seed)
+        return placed_state(agent, optimizer, seed, mesh)
     shapes = jax.eval_shape(lambda: init_state(agent, make_optimizer(optimizer), seed))
-    state: TrainState = run.saved.restore(start, state_layout(shapes, optimizer))
+    state: TrainState = run.saved.restore(start, state_layout(shapes, optimizer, mesh))
     return state
 
 
@@ -172,11 +186,14 @@ def _steps(
         return batch._replace(segment_ids=None) if samplers[0].is_one_chain_a_row else batch
 
     config, accumulation = watch.config.optimizer, watch.config.optimizer.accumulation
-    key = stacked([jax.random.key(sampler.seed) for sampler in samplers])
+    mesh = _mesh_of(watch.config)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else None
+    key = jax.device_put(stacked([jax.random.key(sampler.seed) for sampler in samplers]), everywhere)
     compiled: CompiledStep | None = None
     every = (batches(sampler, steps.start * accumulation, steps.stop * accumulation) for sampler in samplers)
     source = zip(*every, strict=True)
-    for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
+    for step, made in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
+        inputs = jax.device_put(made, everywhere) if mesh else made
         if compiled is None:
             with watch.over("compiling the step"):
                 compiled = compile_step(
@@ -187,6 +204,7 @@ def _steps(
                     kernel_dtype=watch.config.model.compute_dtype,
                     make_batch=make_batch,
                     num_seeds=num_seeds,
+                    mesh=mesh,
                 )
         with watch.over(f"in step {step}"):
             state, metrics = compiled(state, inputs, key)

@@ -1,0 +1,122 @@
+"""The loss of a batch that eight virtual devices share, against the loss on one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from bpt_rl.config import ModelConfig
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.loss_over_devices import loss_over_devices
+from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
+from bpt_rl.types import PackedBatch
+
+B, T = 8, 13
+
+# Compiles in a third of the time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def model_config(layout, **changes):
+    settings = {
+        "layout": layout,
+        "embed_dim": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "feedforward_dim": 24,
+        "dropout": 0.0,
+        "activation": "silu",
+        "implementation": "blockwise",
+        "query_chunk_size": 8,
+        "key_chunk_size": 8,
+        "activations": "recompute",
+    }
+    return ModelConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Eight rows of thirteen steps: two chains each, and padding."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(2, 6, (B, 2))
+    steps = np.arange(T)
+    ids = 1 + (steps >= lengths[:, :1]).astype(np.int32)
+    ids[steps >= lengths.sum(axis=1, keepdims=True) + 2] = 0
+    return PackedBatch(
+        observation=generator.normal(size=(B, T, 3)).astype(np.float32),
+        action=generator.uniform(-1, 1, (B, T, 2)).astype(np.float32),
+        reward=generator.random((B, T)).astype(np.float32),
+        return_to_go=generator.random((B, T)).astype(np.float32),
+        completion=generator.integers(0, 2, (B, T)).astype(np.float32),
+        step=generator.integers(0, 5, (B, T)).astype(np.int32),
+        episode=np.zeros((B, T), np.int32),
+        segment_ids=ids,
+        loss_mask=(generator.random((B, T)) < 0.7) * (ids > 0).astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(draw_parameters, drawn):
+    """Returns (graph, parameters, loss, gradient) on one device of a layout; each computed once."""
+
+    @functools.cache
+    def made(layout, has_segments):
+        model = model_config(layout, implementation="reference", activations="keep")
+        graph, params = draw_parameters(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0)))
+        batch = drawn if has_segments else drawn._replace(segment_ids=None)
+
+        def loss(params):
+            predicted = nnx.merge(graph, params)(batch)
+            return action_loss(predicted, batch.action, batch.loss_mask, "deterministic")
+
+        return params, *quick_jit(jax.value_and_grad(loss))(params)
+
+    return made
+
+
+MESHES = [
+    ("return_state_action", {"context": 8}, True),
+    ("fused", {"fsdp": 2, "context": 4, "attention": "ring"}, False),
+    ("return_state_action", {"data": 2, "context": 4, "attention": "ulysses"}, True),
+    ("fused", {"data": 2, "fsdp": 2, "context": 2}, False),
+    ("return_state_action", {"fsdp": 8}, True),
+]
+
+
+@pytest.mark.parametrize(("layout", "mesh", "has_segments"), MESHES)
+def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, has_segments, drawn, alone):
+    params, expected, expected_gradient = alone(layout, has_segments)
+    batch = drawn if has_segments else drawn._replace(segment_ids=None)
+    model = model_config(layout)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0))))
+
+    def loss(params, batch):
+        return loss_over_devices(graph, params, batch, None, model=model, mesh=MeshConfig(**mesh))
+
+    got, gradient = quick_jit(jax.value_and_grad(loss))(params, batch)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected_gradient), strict=True
+    )
+    for (path, leaf), twin in leaves:
+        # Both round in float32, but sum in another order.
+        assert np.abs(leaf - twin).max() <= 1e-5 * np.abs(twin).max(), path
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 3}, "got 8 rows for 3"),
+        ({"fsdp": 8, "context": 2}, "16 in all, and 8 of kind"),
+        ({"fsdp": 4, "data": 2}, "got 4, 16 and 30"),
+        ({"context": 8, "attention": "ulysses"}, "got 4 heads and 8 devices"),
+    ],
+)
+def test_what_does_not_divide_is_refused(mesh, message, drawn):
+    model = model_config("fused", feedforward_dim=30 if "got 4," in message else 24)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=message):
+        loss_over_devices(graph, {}, drawn, None, model=model, mesh=MeshConfig(**mesh))
