@@ -124,21 +124,28 @@ def first_loss(config, folder):
     return np.mean(losses)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"agent": "at"}, {"agent": "bc", "accumulation": 2, "place": "accelerator"}]
-)
-def test_agents_of_chains_trained_at_once_equal_those_trained_alone(tiny, tmp_path, read_state, changes):
+def test_agents_of_chains_trained_at_once_equal_those_trained_alone(tiny, trained, tmp_path, read_state):
+    zero, seven = (tiny(tmp_path / f"seed{seed}", seed=seed) for seed in SEEDS)
+    folders = train_seeds([zero, seven])
+    alone = train(dataclasses.replace(seven, run=str(tmp_path / "alone")))
+    for folder, other in zip(folders, (trained, alone), strict=True):
+        assert_same_but_for_rounding(folder, other, read_state)
+    np.testing.assert_allclose(alone.metrics()[0]["loss"], first_loss(seven, alone), rtol=1e-5)
+
+
+def test_each_seed_goes_on_with_its_own_micro_batches(tiny, tmp_path, read_state):
+    changes = {"agent": "bc", "accumulation": 2, "place": "accelerator"}
     configs = [tiny(tmp_path / f"seed{seed}", seed=seed, **changes) for seed in SEEDS]
     # Checkpoints of steps 2, 4 and 6; the interruption comes after the first.
     with pytest.raises(InterruptionError):
         train_seeds(configs, interrupt_at(3))
     seen = []
     folders = train_seeds(configs, lambda *told: seen.append(told[:2]))
+    assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
     for config, folder in zip(configs, folders, strict=True):
         alone = train(dataclasses.replace(config, run=f"{config.run}_alone"))
         assert_same_but_for_rounding(folder, alone, read_state)
         np.testing.assert_allclose(folder.metrics()[0]["loss"], first_loss(config, folder), rtol=1e-5)
-    assert seen == [(3, 6), (4, 6), (5, 6), (6, 6)]
 
 
 def test_a_number_that_is_not_finite_is_told_with_its_seed(tiny, tmp_path):
