@@ -159,6 +159,8 @@ def _is_read(agent: str, name: str) -> bool:
     room, _, rest = name.partition(".")
     if room == "train":
         group = rest.partition(".")[0]
+        if group == "mesh":
+            return agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS)
         if agent in TD_AGENTS:
             return group not in ("data", "model", "optimizer") or rest in READ_FIELDS
         return group != "td"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from bpt_rl import config_toml
+from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.grid import Cell
 from bpt_rl.run.grid_folder import GridFolder
 
@@ -61,6 +63,12 @@ class Job:
         """The first training's folder."""
         name: str = self.trainings[0]["config"]["run"]
         return name
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that its trainings take, one after another."""
+        meshes = (training["config"]["mesh"] for training in self.trainings)
+        return max(config_toml.from_mapping(MeshConfig, mesh).num_devices for mesh in meshes)
 
     def with_simulators(self, number: int) -> "Job":
         """Returns the job with so many simulator processes where it leaves their number open."""

@@ -22,6 +22,7 @@ def make_launcher(config: AblateConfig, jobs: Sequence[Job], *, runner: str = RU
     Raises:
       ImportError: If the launcher's package is not installed.
       ConnectionError: If there is no Ray cluster at the address.
+      ValueError: If a job asks for more than there is.
     """
     if config.launcher == "ray":
         memory = int(config.ray_memory_gib * GIB)
@@ -33,5 +34,6 @@ def make_launcher(config: AblateConfig, jobs: Sequence[Job], *, runner: str = RU
         from bpt_rl.run.ablation_plan import largest_memory
 
         memory = largest_memory(jobs)
-    places = slots(config.workers, config.workers_per_device, job_memory=memory)
+    devices = max(job.num_devices for job in jobs)
+    places = slots(config.workers, config.workers_per_device, job_memory=memory, job_devices=devices)
     return LocalLauncher(places[: len(jobs)], GridFolder(Path(config.out)).logs_path, runner)

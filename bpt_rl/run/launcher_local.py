@@ -52,7 +52,7 @@ def accelerators() -> list[str]:
     return []
 
 
-def slots(workers: int, workers_per_device: int, *, job_memory: int) -> list[Slot]:
+def slots(workers: int, workers_per_device: int, *, job_memory: int, job_devices: int = 1) -> list[Slot]:
     """Returns what each process gets.
 
     Args:
@@ -60,14 +60,26 @@ def slots(workers: int, workers_per_device: int, *, job_memory: int) -> list[Slo
         and `job_memory` each.
       workers_per_device: Processes that share an accelerator; its memory is divided among them.
       job_memory: Bytes of the host that a process without an accelerator may need.
+      job_devices: Accelerators that a job's training is shared among, if there are any.
+
+    Raises:
+      ValueError: If there are accelerators, but fewer than a job needs.
     """
     if gpus := accelerators():
-        number = workers or len(gpus) * workers_per_device
+        if job_devices > len(gpus):
+            raise ValueError(
+                f"A training shared among devices must find them; got {job_devices} by train.mesh and {len(gpus)} on "
+                "this machine. Lower train.mesh.*."
+            )
+        groups = [
+            ",".join(gpus[i : i + job_devices]) for i in range(0, len(gpus) - job_devices + 1, job_devices)
+        ]
+        number = workers or len(groups) * workers_per_device
         share = f"{float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')) / workers_per_device:.4f}"
         variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": share}
         if (pinned := os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB")) is not None:
             variables["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(max(1, int(pinned) // number))
-        places = [gpu for gpu in gpus for _ in range(workers_per_device)]
+        places = [group for group in groups for _ in range(workers_per_device)]
         environments = [variables | {"CUDA_VISIBLE_DEVICES": places[k % len(places)]} for k in range(number)]
     else:
         room = max(1, capacity.measure().host // job_memory)

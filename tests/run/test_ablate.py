@@ -244,6 +244,11 @@ def test_processes_share_devices_or_cores(monkeypatch):
     assert {slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in made} == {"0.4750"}
     assert {slot.environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] for slot in made} == {"25"}
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(3, 1, job_memory=1)] == ["2", "5", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    shared = slots(0, 1, job_memory=1, job_devices=2)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0,1", "2,3"]
+    with pytest.raises(ValueError, match=r"got 8 by train\.mesh and 5 on this machine"):
+        slots(0, 1, job_memory=1, job_devices=8)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert [slot.cores for slot in slots(0, 1, job_memory=1)] == [(0, 4), (1, 5), (2, 6), (3, 7)]

@@ -6,6 +6,7 @@ import pytest
 
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import DataConfig, EvaluateConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.grid import expand, trainings
 from bpt_rl.run.job import Job
 
@@ -82,7 +83,10 @@ def test_a_preset_lies_below_the_settings_of_the_grid_and_those_below_its_axes(g
 def test_agents_of_transitions_and_of_trajectories_take_of_one_grid_what_they_read(grid_of):
     base = grid_of().train
     train = TrainConfig(
-        data=base.data, model=ModelConfig(embed_dim=64), optimizer=OptimizerConfig(num_steps=900)
+        data=base.data,
+        mesh=MeshConfig(data=2),
+        model=ModelConfig(embed_dim=64),
+        optimizer=OptimizerConfig(num_steps=900),
     )
     axes = {
         "preset": ("at_small", "td3"),
@@ -95,6 +99,8 @@ def test_agents_of_transitions_and_of_trajectories_take_of_one_grid_what_they_re
     assert (len(at), len(td3)) == (8, 2)
     assert [cell.values for cell in td3] == [{"preset": "td3", SEED: 0}, {"preset": "td3", SEED: 1}]
     assert {cell.train.model.embed_dim for cell in at} == {64}
+    assert {Job.of("out", [[cell]]).num_devices for cell in at} == {2}
+    assert {Job.of("out", [[cell]]).num_devices for cell in td3} == {1}
     assert {cell.train.optimizer for cell in td3} == {OptimizerConfig()}
     assert {cell.train.td.num_updates for cell in td3} == {500_000}
     assert {cell.evaluate.target_sweep for cell in td3} == {()}
