@@ -67,9 +67,7 @@ def make(draw_parameters):
     )
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)  # halves the compile time
+@functools.partial(jax.jit, static_argnums=0)
 def full_pass(graph, params, batch):
     return nnx.merge(graph, params)(batch).mean
 

@@ -19,8 +19,6 @@ CONFIG = ModelConfig(
     implementation="reference",
     activations="keep",
 )
-QUICK = {"xla_backend_optimization_level": 0}
-"""Halves the compile time."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def text():
     return whole[:, :-1], whole[:, 1:]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def losses_and_gradient(graph, params, tokens, targets, vocabulary_chunk_size=7):
     def mean(params):
         model = nnx.merge(graph, params)
@@ -50,7 +48,7 @@ def losses_and_gradient(graph, params, tokens, targets, vocabulary_chunk_size=7)
     return losses, gradient
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def plain_losses_and_gradient(graph, params, tokens, targets):
     def mean(params):
         embedding = params["embed"]["embedding"]
@@ -95,9 +93,7 @@ def test_the_embedding_learns_from_both_of_its_uses(make, text):
         return -jax.nn.log_softmax(logits)[..., 5].mean()
 
     embedding = params["embed"]["embedding"]
-    read_in, read_out = jax.jit(jax.grad(split_losses, argnums=(0, 1)), compiler_options=QUICK)(
-        embedding, embedding
-    )
+    read_in, read_out = jax.jit(jax.grad(split_losses, argnums=(0, 1)))(embedding, embedding)
     assert np.flatnonzero(np.abs(read_in).sum(axis=1)).tolist() == [3]
     assert np.abs(read_out).min(axis=1).max() > 0
     assert_close(gradient["embed"]["embedding"], read_in + read_out, 2e-5)
@@ -115,7 +111,7 @@ def test_a_token_changes_only_what_is_predicted_after_it(make, text):
 
 def test_dropout_is_drawn_only_with_a_key(make, text):
     graph, params = make(dropout=0.5)
-    losses = jax.jit(lambda key: nnx.merge(graph, params).losses(*text, key), compiler_options=QUICK)
+    losses = jax.jit(lambda key: nnx.merge(graph, params).losses(*text, key))
     silent = losses(None)
     # Another program of the same sums: a rounding or two of float32, or on a GPU sums in another order.
     rounding = 1e-6 if jax.default_backend() == "cpu" else 1e-5

@@ -21,18 +21,16 @@ CONFIG = ModelConfig(
     implementation="reference",
     activations="keep",
 )
-QUICK = {"xla_backend_optimization_level": 0}
-"""Halves the compile time."""
 SEGMENT_IDS = np.array([[1] * 9 + [2] * 5, [1] * 6 + [2] * 4 + [0] * 4], np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def values_and_gradients(graph, params, x, segment_ids, cotangent):
     out, pullback = jax.vjp(lambda p, x: nnx.merge(graph, p)(x, segment_ids), params, x)
     return out, pullback(cotangent.astype(out.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def decode(graph, params, x, cache):
     return nnx.merge(graph, params).decode(x, cache)
 
@@ -223,7 +221,6 @@ def test_dropout_is_drawn_from_the_key_alone_and_anew_in_each_layer(make, inputs
     x, segment_ids, _ = inputs
     run = jax.jit(
         lambda p, key: nnx.merge(graph, p)(jnp.asarray(x), jnp.asarray(segment_ids), key),
-        compiler_options=QUICK,
     )
     first, again, other = (np.asarray(run(params, jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
