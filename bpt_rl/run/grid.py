@@ -16,11 +16,12 @@ from bpt_rl.run.evaluation_record import SCHEMA
 from bpt_rl.run.simulated_source import check_simulated
 from bpt_rl.td_config import READ_FIELDS, TD_AGENTS
 
-CELL_SCHEMA = 1
-"""Raised when the same settings would give other numbers: no cell finished before counts any more."""
+CELL_SCHEMA = 2
+"""Raised when the same settings would give other numbers, a default's new value included: then no cell that was
+finished before counts any more."""
 _COUNT, _BATCH = "train.data.num_trajectories", "train.data.batch_size"
-_NO_PART = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store")
-"""Settings of a training that no number depends on; of the store the content counts."""
+_NO_PART = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store", "num_workers")
+"""Settings that no number depends on, beside those of the mesh; of the store the content counts."""
 _OF_CONTEXT = ("context_order", "num_context_trajectories", "context_capacity", "full_context")
 _OF_TARGET = (
     "target",
@@ -102,16 +103,23 @@ def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any
         words = ", ".join(f"{name} = {value!r}" for name, value in values.items())
         raise ValueError(f"{error} (In the cell of {words or 'all defaults'}.)") from error
     digest = stores.digest(made.train.data.store, made.train.data.task)
-    content = {name: value for name, value in _fields(made.train).items() if name not in _NO_PART}
-    training = _address([CELL_SCHEMA, digest, content])
-    asked = {name: value for name, value in _fields(made.evaluate).items() if name != "num_workers"}
+    training = _address([CELL_SCHEMA, digest, _content(made.train)])
     return Cell(
         values={name: value for name, value in values.items() if _is_read(agent, name)},
         train=dataclasses.replace(made.train, run=f"{_readable(made.train)}-{training[:10]}"),
         evaluate=made.evaluate,
         training=training,
-        address=_address([training, SCHEMA, asked]),
+        address=_address([training, SCHEMA, _content(made.evaluate)]),
     )
+
+
+def _content(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
+    """Returns the settings that are not the default: one that did not exist yet was not said either."""
+    unsaid = _fields(type(config)())
+    said = {name: value for name, value in _fields(config).items() if value != unsaid[name]}
+    return {
+        name: value for name, value in said.items() if name not in _NO_PART and not name.startswith("mesh.")
+    }
 
 
 class _Fixed:

@@ -1,13 +1,15 @@
 """The cells that a grid is made of."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import DataConfig, EvaluateConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.mesh_config import MeshConfig
-from bpt_rl.run.grid import expand, trainings
+from bpt_rl.run.grid import CELL_SCHEMA, _fields, expand, trainings
 from bpt_rl.run.job import Job
 
 COUNT, SEED = "train.data.num_trajectories", "train.seed"
@@ -112,7 +114,14 @@ def test_an_address_is_of_the_content_alone(grid_of, store_path, tmp_path):
     copy = tmp_path / "copy.h5"
     shutil.copy(store_path, copy)
     data = DataConfig(store=str(copy), batch_size=2, task="cartpole_balance")
-    elsewhere = TrainConfig(run="runs/other", log_every=7, checkpoint_every=9, keep_checkpoints=1, data=data)
+    elsewhere = TrainConfig(
+        run="runs/other",
+        log_every=7,
+        checkpoint_every=9,
+        keep_checkpoints=1,
+        data=data,
+        mesh=MeshConfig(context=2),
+    )
     again = grid_of(train=elsewhere, out="elsewhere", evaluate=EvaluateConfig(num_workers=3))
     assert [c.address for c in expand(again)] == [cell.address]
     others = [
@@ -124,6 +133,21 @@ def test_an_address_is_of_the_content_alone(grid_of, store_path, tmp_path):
     ]
     addresses = [expand(grid_of(**other))[0].address for other in others]
     assert len({cell.address, *addresses}) == 6
+
+
+def test_a_default_changes_with_the_schema_of_cells_alone():
+    """An address leaves defaults out, so that a new setting keeps cells finished: a changed one must not."""
+    known = json.loads(Path(__file__).with_name("cell_defaults.json").read_text())
+    now = {"train": _fields(TrainConfig()), "evaluate": _fields(EvaluateConfig())}
+    now = json.loads(json.dumps(now))
+    changed = [
+        f"{group}.{name}"
+        for group in now
+        for name in known[group].keys() & now[group].keys()
+        if known[group][name] != now[group][name]
+    ]
+    assert known["schema"] == CELL_SCHEMA, "write cell_defaults.json anew"
+    assert not changed, "raise CELL_SCHEMA and write cell_defaults.json anew"
 
 
 def test_other_data_below_the_same_name_are_other_cells(grid_of, store_path, tmp_path):
