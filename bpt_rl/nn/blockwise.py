@@ -43,10 +43,14 @@ class _Plan(NamedTuple):
     def num_key_chunks(self) -> int:
         return -(-self.key_length // self.key_chunk_size)
 
-    def visited_key_chunks(self, query_chunk: Array) -> Array | int:
-        """Returns how many key chunks, from the first, a query chunk attends to."""
+    def visited_key_chunks(self, query_chunk: Array) -> Array:
+        """Returns how many key chunks, from the first, a query chunk attends to.
+
+        Traced even where it is always the same: a loop of a fixed number of turns is a scan, for which a rematerialised
+        layer would keep every mask.
+        """
         if not self.is_causal:
-            return self.num_key_chunks
+            return jnp.minimum(query_chunk, 0) + self.num_key_chunks
         end = jnp.minimum((query_chunk + 1) * self.query_chunk_size, self.key_length)
         return (end + self.key_chunk_size - 1) // self.key_chunk_size
 

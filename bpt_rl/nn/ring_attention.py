@@ -30,6 +30,14 @@ class Ring(NamedTuple):
     is_causal: bool
     sizes: ChunkSizes
 
+    @property
+    def last_turn(self) -> Array:
+        """How many hops the keys make that travel farthest.
+
+        Traced, so that the loop over turns is no scan, for which a rematerialised layer would keep the masks of each.
+        """
+        return jnp.minimum(jax.lax.axis_index(self.axis_name), 0) + self.num_devices - 1
+
     def send(self, tree: Any) -> Any:
         """Returns what the device before this one holds."""
         hops = [(i, (i + 1) % self.num_devices) for i in range(self.num_devices)]
@@ -102,16 +110,16 @@ def _forward(ring: Ring, query: Array, keys: _Keys) -> tuple[Array, tuple[Array,
         )
         return result
 
-    def body(carry: tuple[Any, _Keys], number: Array) -> tuple[tuple[Any, _Keys], None]:
+    def body(number: Array, carry: tuple[Any, _Keys]) -> tuple[Any, _Keys]:
         state, held = carry
         # Nothing here waits for it: it travels while this device attends.
         arriving = ring.send(held)
-        return (turn(state, held, number), arriving), None
+        return turn(state, held, number), arriving
 
     held = ring.send(keys) if ring.num_devices > 1 else keys
     state = attend_to_block(_operands(query, keys, keys, _WHOLE), ring.sizes, is_causal=ring.is_causal)
     if ring.num_devices > 2:
-        (state, held), _ = jax.lax.scan(body, (state, held), jnp.arange(1, ring.num_devices - 1))
+        state, held = jax.lax.fori_loop(1, ring.last_turn, body, (state, held))
     if ring.num_devices > 1:
         state = turn(state, held, ring.num_devices - 1)
     out = checkpoint_name(state[0].astype(query.dtype), RESIDUAL_NAME)
@@ -152,16 +160,16 @@ def _backward(
         added: _Gradients = jax.lax.switch(case, [lambda state, held: state, *branches], fresh, held)
         return _Gradients(added.query, added.key + arriving[0], added.value + arriving[1])
 
-    def body(carry: tuple[_Gradients, _Keys], number: Array) -> tuple[tuple[_Gradients, _Keys], None]:
+    def body(number: Array, carry: tuple[_Gradients, _Keys]) -> tuple[_Gradients, _Keys]:
         state, held = carry
         arriving = ring.send(held)
-        return (turn(state, held, number), arriving), None
+        return turn(state, held, number), arriving
 
     held = ring.send(keys) if ring.num_devices > 1 else keys
     own = _operands(query, keys, keys, _WHOLE)
     state = _Gradients(*block_gradient(own, attended, ring.sizes, is_causal=ring.is_causal))
     if ring.num_devices > 2:
-        (state, held), _ = jax.lax.scan(body, (state, held), jnp.arange(1, ring.num_devices - 1))
+        state, held = jax.lax.fori_loop(1, ring.last_turn, body, (state, held))
     d_key, d_value = state.key, state.value
     if ring.num_devices > 1:
         state = turn(state, held, ring.num_devices - 1)
