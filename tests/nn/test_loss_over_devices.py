@@ -1,6 +1,8 @@
 """The loss of a batch that eight virtual devices share, against the loss on one."""
 
+import collections
 import functools
+import re
 
 import jax
 import numpy as np
@@ -120,3 +122,41 @@ def test_what_does_not_divide_is_refused(mesh, message, drawn):
     graph = nnx.graphdef(nnx.eval_shape(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0))))
     with pytest.raises(ValueError, match=message):
         loss_over_devices(graph, {}, drawn, None, model=model, mesh=MeshConfig(**mesh))
+
+
+def test_a_device_of_a_ring_holds_its_share_and_sends_no_more_than_keys():
+    """Whatever is kept a turn of the ring, as masks were once, adds up to the whole row again."""
+    model = model_config("fused", query_chunk_size=32, key_chunk_size=32, feedforward_chunk_size=32)
+    make = functools.partial(TrajectoryModel, model, 3, 2, 5)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    params = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)))))
+    row = jax.ShapeDtypeStruct((1, 8192), np.float32)
+    batch = PackedBatch(
+        observation=jax.ShapeDtypeStruct((1, 8192, 3), np.float32),
+        action=jax.ShapeDtypeStruct((1, 8192, 2), np.float32),
+        reward=row,
+        return_to_go=row,
+        completion=row,
+        step=jax.ShapeDtypeStruct((1, 8192), np.int32),
+        episode=jax.ShapeDtypeStruct((1, 8192), np.int32),
+        segment_ids=None,
+        loss_mask=row,
+    )
+
+    def compiled(num_devices):
+        mesh = MeshConfig(context=num_devices, attention="ring")
+
+        def loss(params, batch):
+            return loss_over_devices(graph, params, batch, None, model=model, mesh=mesh)
+
+        return jax.jit(jax.grad(loss)).lower(params, batch).compile()
+
+    alone, shared = compiled(1), compiled(4)
+    # A quarter, and what does not shrink: the batch itself, chunks and gradients.
+    assert shared.memory_analysis().temp_size_in_bytes < 0.4 * alone.memory_analysis().temp_size_in_bytes
+    found = re.findall(
+        r" (collective-permute|all-to-all|all-gather|reduce-scatter)(?:-start)?\(", shared.as_text()
+    )
+    # Keys and values set out and go on: forward, again, and backward, where the compiler sets out once for the last
+    # two; their gradients go on in the loop, behind it, and home.
+    assert collections.Counter(found) == {"collective-permute": 4 + 4 + 4 - 2 + 6}
