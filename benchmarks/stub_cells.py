@@ -1,7 +1,7 @@
 """Runners of cells that train nothing: what is left of a grid's time is the engine's own.
 
 `play` finishes each cell with made-up returns, drawn from its task, seed and number of trajectories, after
-$STUB_SECONDS; each cell that it plays is a line of $STUB_LOG. The others die or fail as their names say, once or always.
+$STUB_SECONDS; each cell that it plays is a line of $STUB_LOG. The others die or fail as their names say.
 """
 
 import os
