@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -114,21 +115,31 @@ def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any
 
 
 def _content(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
-    """Returns the settings that are not the default: one that did not exist yet was not said either."""
-    unsaid = _fields(type(config)())
-    said = {name: value for name, value in _fields(config).items() if value != unsaid[name]}
+    """Returns the settings that count and are not the default: one that did not exist yet was not said either."""
     return {
-        name: value for name, value in said.items() if name not in _NO_PART and not name.startswith("mesh.")
+        name: value
+        for name, value in _said(config).items()
+        if name not in _NO_PART and not name.startswith("mesh.")
     }
+
+
+def _said(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
+    """Returns the settings that are not the default, by dotted name."""
+    unsaid = _defaults()[type(config)]
+    return {name: value for name, value in _fields(config).items() if value != unsaid[name]}
+
+
+@functools.cache
+def _defaults() -> dict[type, dict[str, Any]]:
+    return {kind: _fields(kind()) for kind in (TrainConfig, EvaluateConfig)}
 
 
 class _Fixed:
     """What lies below the axes: the settings of the grid that are not the default, over those of a preset."""
 
     def __init__(self, config: GridConfig) -> None:
-        said = {**_fields(config.train, "train."), **_fields(config.evaluate, "evaluate.")}
-        unsaid = {**_fields(TrainConfig(), "train."), **_fields(EvaluateConfig(), "evaluate.")}
-        self._own = {name: value for name, value in said.items() if value != unsaid[name]}
+        said = {"train": _said(config.train), "evaluate": _said(config.evaluate)}
+        self._own = {f"{group}.{name}": value for group in said for name, value in said[group].items()}
         self._presets: dict[str, dict[str, Any]] = {}
 
     def below(self, values: Mapping[str, Any]) -> dict[str, Any]:

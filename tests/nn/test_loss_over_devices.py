@@ -17,9 +17,6 @@ from bpt_rl.types import PackedBatch
 
 B, T = 8, 13
 
-# Compiles in a third of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def model_config(layout, **changes):
     settings = {
@@ -74,7 +71,7 @@ def alone(draw_parameters, drawn):
             predicted = nnx.merge(graph, params)(batch)
             return action_loss(predicted, batch.action, batch.loss_mask, "deterministic")
 
-        return params, *quick_jit(jax.value_and_grad(loss))(params)
+        return params, *jax.jit(jax.value_and_grad(loss))(params)
 
     return made
 
@@ -98,7 +95,7 @@ def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, ha
     def loss(params, batch):
         return loss_over_devices(graph, params, batch, None, model=model, mesh=MeshConfig(**mesh))
 
-    got, gradient = quick_jit(jax.value_and_grad(loss))(params, batch)
+    got, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     leaves = zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected_gradient), strict=True

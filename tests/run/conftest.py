@@ -144,6 +144,26 @@ def browser():
 
 
 @pytest.fixture(scope="session")
+def drawn_plots(browser):
+    """Opens a page, holds it to what every page must do, and returns width, height, texts and lines of each plot."""
+
+    def check(page, width):
+        browser.open(page.as_uri(), width=width, height=900, dark=width == 390)
+        assert browser.complaints() == []
+        assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
+        # Tables may scroll within the page; the page itself may not.
+        assert browser.run("document.documentElement.scrollWidth") == width
+        return browser.run(
+            "[...document.querySelectorAll('svg')].map((svg) => ["
+            "svg.getBoundingClientRect().width, svg.getBoundingClientRect().height,"
+            "svg.querySelectorAll('text').length,"
+            "[...svg.querySelectorAll('path')].filter((p) => p.getTotalLength() > 20).length])"
+        )
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def write_run():
     """Writes a run folder with one evaluation, or none if `logs` is empty; keywords replace parts of the record."""
     return _write_run

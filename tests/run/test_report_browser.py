@@ -235,17 +235,8 @@ def test_browser_sees_requests_and_errors_where_there_are_some(browser, page):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_page_is_drawn_without_complaint_or_request(browser, page, width):
-    browser.open(page.as_uri(), width=width, height=900, dark=width == 390)
-    assert browser.complaints() == []
-    assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
-    # Tables may scroll within the page; the page itself may not.
-    assert browser.run("document.documentElement.scrollWidth") == width
-    plots = browser.run(
-        "[...document.querySelectorAll('svg')].map((svg) => ["
-        "svg.getBoundingClientRect().width, svg.getBoundingClientRect().height, svg.querySelectorAll('text').length,"
-        "[...svg.querySelectorAll('path')].filter((p) => p.getTotalLength() > 20).length])"
-    )
+def test_page_is_drawn_without_complaint_or_request(drawn_plots, browser, page, width):
+    plots = drawn_plots(page, width)
     # Three curves within the context, two calibrations, histogram and loss.
     assert len(plots) == 7
     for box_width, box_height, num_texts, num_lines in plots:
