@@ -1,19 +1,20 @@
 """A trajectory model acting in environments, one forward pass of one step's tokens a step."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from bpt_rl.config import FullContext
 from bpt_rl.datasets.chains import Chain, completions
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.chain_cache import CACHE_SPEC, CacheDevices, decode, grow, prefill
 from bpt_rl.nn.context_steps import ChainEnd, empty_steps, end_of, forget_oldest, write_chains
-from bpt_rl.nn.hashed_graph import HashedGraph, hashed_graph
+from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
@@ -37,49 +38,6 @@ class CachedCarry(NamedTuple):
     """Actions taken since the start; each draws its own noise."""
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    graph: HashedGraph,
-    params: Any,
-    cache: KeyValueCache,
-    length: jax.Array,
-    inputs: Step,
-    key: jax.Array | None,
-) -> tuple[KeyValueCache, jax.Array]:
-    # The caller counts the tokens: to clear a context is to forget how many they were.
-    action, cache = graph.merge(params).decode(inputs, cache._replace(length=length))
-    return cache, action.chosen(key)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(
-    graph: HashedGraph,
-    params: Any,
-    cache: KeyValueCache,
-    batch: PackedBatch,
-    rows: jax.Array,
-    num_steps: jax.Array,
-) -> KeyValueCache:
-    filled: KeyValueCache = graph.merge(params).prefill(batch, cache, rows, num_steps)
-    return filled
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _longer(array: jax.Array, num_more: int) -> jax.Array:
-    return jnp.pad(array, ((0, 0), (0, 0), (0, num_more), (0, 0)))
-
-
-def _grow(cache: KeyValueCache, num_more: int) -> KeyValueCache:
-    """Returns a cache with room for more tokens; the one given is gone, array by array: never two at once."""
-
-    def moved(array: jax.Array) -> jax.Array:
-        longer: jax.Array = jax.block_until_ready(_longer(array, num_more))
-        array.delete()
-        return longer
-
-    return cache._replace(keys=tuple(map(moved, cache.keys)), values=tuple(map(moved, cache.values)))
-
-
 class CachedPolicy:
     """Policy of a trajectory model; its actions are those of the full forward pass over the context so far.
 
@@ -92,6 +50,8 @@ class CachedPolicy:
     A context that is full is refused, or its oldest trajectories are forgotten, whole, before an episode that might
     not fit. What is left is then put into the cache anew. To move the cache up would be cheaper and another thing:
     keys and values of the layers above the first would still know of what was forgotten.
+
+    Several devices may share the chains, and each chain's cache: see `bpt_rl.nn.chain_cache`.
     """
 
     def __init__(
@@ -106,6 +66,7 @@ class CachedPolicy:
         full_context: FullContext = "refuse",
         sample_seed: int | None = None,
         first_capacity: int = 4096,
+        mesh: MeshConfig | None = None,
     ) -> None:
         """Binds parameters to a policy.
 
@@ -119,14 +80,20 @@ class CachedPolicy:
           full_context: `refuse` a step that does not fit, or `drop_oldest` trajectories, played or given.
           sample_seed: Draw actions from the Gaussian head; their mean if None.
           first_capacity: Tokens of the smallest cache, unless the whole context needs fewer.
+          mesh: Devices that share chains and caches; one if None.
+
+        Raises:
+          ValueError: If the mesh has more devices than there are, or splits parameters.
         """
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
         self._graph = hashed_graph(graph)
-        self._params = params
         self._normalizer = normalizer
         self._clear_context = clear_context
         self._completion = completion
         self._model = nnx.merge(graph, params)
+        self._place = CacheDevices(mesh=mesh or MeshConfig(), model=self._model.config)
+        everywhere = self._place.sharding(PartitionSpec())
+        self._params = jax.device_put(params, everywhere) if everywhere else params
         self._tokens_per_step: int = self._model.tokens_per_step
         self._num_episodes = 1 if clear_context else num_episodes
         self._drops = full_context == "drop_oldest" and not clear_context
@@ -141,8 +108,9 @@ class CachedPolicy:
 
         Raises:
           ValueError: If chains are too few or too many, differ in their number of trajectories, or hold an episode
-            longer than any of the training data.
+            longer than any of the training data, or chains do not divide among the devices.
         """
+        self._place.check_rows(num_environments)
         chains = () if context is None else tuple(context)
         if context is not None:
             self._check(chains, num_environments)
@@ -157,9 +125,8 @@ class CachedPolicy:
         )
         num_steps = write_chains(record, chains) if chains else np.zeros(num_environments, np.int32)
         end = end_of(record, num_steps)
-        cache = self._model.init_cache(
-            num_environments, self._capacity(int(num_steps.max(initial=0)) + 1, capacity)
-        )
+        num_held = self._capacity(int(num_steps.max(initial=0)) + 1, capacity)
+        cache = self._model.init_cache(num_environments, num_held, self._place.sharding(CACHE_SPEC))
         return CachedCarry(
             cache=self._filled(cache, record, np.arange(len(chains)), num_steps),
             end=end,
@@ -194,25 +161,29 @@ class CachedPolicy:
         episode_steps = self._model.episode_steps
         length = -(-int(num_steps[rows].max()) // episode_steps) * episode_steps
         widths = ((0, 0), (0, max(0, length - record.step.shape[1])))
+        source, places = self._place.dealt_rows(rows, len(num_steps))
 
         def part(values: np.ndarray) -> np.ndarray:
-            return np.pad(values[rows, :length], widths + ((0, 0),) * (values.ndim - 2))
+            return np.pad(values[source, :length], widths + ((0, 0),) * (values.ndim - 2))
 
         batch = self._normalizer(PackedBatch(*map(part, record)))
         batch = batch._replace(segment_ids=None)
-        filled: KeyValueCache = _prefill(self._graph, self._params, cache, batch, rows, num_steps[rows])
+        filled: KeyValueCache = prefill(
+            self._graph, self._place, self._params, cache, batch, places, num_steps[source]
+        )
         return filled
 
     def _capacity(self, num_steps: int, most: int) -> int:
-        """Returns the steps of the smallest cache that holds so many."""
+        """Returns the steps of the smallest cache that holds so many, equally many on each device."""
         capacity: int = self._first_steps
         while capacity < num_steps:
             capacity *= 2
-        return min(capacity, most)
+        num_devices = self._place.mesh.context
+        return -(-min(capacity, most) // num_devices) * num_devices
 
     def _with_room(self, cache: KeyValueCache, num_steps: int, most: int) -> KeyValueCache:
         num_more = self._capacity(num_steps, most) * self._tokens_per_step - cache.keys[0].shape[2]
-        return _grow(cache, num_more) if num_more > 0 else cache
+        return grow(cache, num_more, self._place) if num_more > 0 else cache
 
     def _with_space(self, carry: CachedCarry) -> CachedCarry:
         """Returns the carry without the oldest trajectories where an episode begins that might not fit."""
@@ -252,7 +223,7 @@ class CachedPolicy:
         key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
         cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
         length = end.num_steps * np.int32(self._tokens_per_step)
-        cache, drawn = _decode(self._graph, self._params, cache, length, inputs, key)
+        cache, drawn = decode(self._graph, self._place, self._params, cache, length, inputs, key)
         action = np.asarray(drawn)
         now = {"observation": observation, "action": action, "return_to_go": asked}
         _write(carry.record, end.num_steps, now | {"step": end.step, "episode": end.episode})

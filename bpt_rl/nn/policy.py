@@ -25,7 +25,7 @@ def make_policy(
     """Returns a cached policy over whole episodes, or a windowed one for a model trained on windows.
 
     Raises:
-      ValueError: If actions are to be drawn from a deterministic head.
+      ValueError: If actions are to be drawn from a deterministic head, or devices are to share a window.
     """
     if sample_seed is not None and config.model.action_distribution != "gaussian":
         raise ValueError(
@@ -34,6 +34,11 @@ def make_policy(
         )
     completion = config.data.completion
     if config.data.window:
+        if config.mesh.num_devices > 1:
+            raise ValueError(
+                "Devices share the cache of whole episodes, and a policy over windows has none; got data.window "
+                f"{config.data.window} and {config.mesh}. Leave mesh.* out."
+            )
         return WindowedPolicy(
             graph,
             params,
@@ -51,4 +56,5 @@ def make_policy(
         completion=completion,
         full_context=full_context,
         sample_seed=sample_seed,
+        mesh=config.mesh,
     )

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
+from bpt_rl.nn.cached_attention import Stripes
+from bpt_rl.nn.context_parallel import ContextAxis
 from bpt_rl.nn.device_mesh import Sharing
 from bpt_rl.nn.feedforward import blockwise_map
 from bpt_rl.nn.transformer import KeyValueCache, Transformer, drop, make_norm
@@ -250,14 +252,23 @@ class TrajectoryModel(nnx.Module):
         )
         return action
 
-    def init_cache(self, num_rows: int, num_steps: int) -> KeyValueCache:
-        """Returns an empty cache for contexts of `num_steps` steps."""
-        return self.transformer.init_cache(num_rows, num_steps * self.tokens_per_step)
+    def init_cache(
+        self, num_rows: int, num_steps: int, sharding: jax.sharding.Sharding | None = None
+    ) -> KeyValueCache:
+        """Returns an empty cache for contexts of `num_steps` steps; `sharding` as for `Transformer.init_cache`."""
+        return self.transformer.init_cache(num_rows, num_steps * self.tokens_per_step, sharding)
 
-    def decode(self, inputs: Step, cache: KeyValueCache) -> tuple[ActionDistribution, KeyValueCache]:
+    def decode(
+        self, inputs: Step, cache: KeyValueCache, stripes: Stripes | None = None
+    ) -> tuple[ActionDistribution, KeyValueCache]:
         """Returns the action of the next step, [B, A], and the cache that holds its tokens.
 
         One forward pass of one step's tokens: those the last step's outcome completes, then this step's state.
+
+        Args:
+          inputs: Of the step.
+          cache: Of the steps before it; donate it.
+          stripes: How devices share the cache, of which this one has a part; all have the inputs.
         """
         place = self._place(inputs.step, inputs.episode)
         before = self._place(inputs.previous_step, inputs.previous_episode)
@@ -279,7 +290,9 @@ class TrajectoryModel(nnx.Module):
             # The last tokens of the step before, the first of this one.
             positions = positions[:, self._num_known : self._num_known + self.tokens_per_step]
         normed = self.embed_norm(jnp.stack(tokens, axis=1))
-        x, cache = self.transformer.decode(normed, cache, self.num_dummy, positions=positions)
+        x, cache = self.transformer.decode(
+            normed, cache, self.num_dummy, positions=positions, stripes=stripes
+        )
         distribution = self._read(x[:, -1:])
         return ActionDistribution(distribution.mean[:, 0], distribution.log_std[:, 0]), cache
 
@@ -289,6 +302,9 @@ class TrajectoryModel(nnx.Module):
         cache: KeyValueCache,
         rows: Int[Any, "contexts"],
         num_steps: Int[Any, "contexts"],
+        *,
+        previous: Outcomes | None = None,
+        shares: tuple[ContextAxis, Stripes] | None = None,
     ) -> KeyValueCache:
         """Returns the cache as decoding the first `num_steps` steps of each row of a normalised batch leaves it.
 
@@ -299,10 +315,17 @@ class TrajectoryModel(nnx.Module):
           cache: To be filled; donate it.
           rows: Which rows of the cache the contexts go to, ascending.
           num_steps: Steps of each context.
+          previous: As for `embed`.
+          shares: How devices share the contexts' steps, of which `batch` is a part, and how the cache.
         """
-        num_tokens = jnp.asarray(num_steps) * self.tokens_per_step
         return self.transformer.prefill(
-            self.embed(batch), cache, rows, num_tokens, self.num_dummy, self._positions(batch.step)
+            self.embed(batch, previous=previous),
+            cache,
+            rows,
+            jnp.asarray(num_steps) * self.tokens_per_step,
+            self.num_dummy,
+            positions=self._positions(batch.step),
+            shares=shares,
         )
 
 

@@ -1,7 +1,6 @@
 """Pre-norm causal transformer with rotary positions, blockwise feedforward and a key-value cache."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn.cached_attention import Stripes, cached_attention, write_step
 from bpt_rl.nn.context_parallel import ContextAxis, context_attention
 from bpt_rl.nn.device_mesh import Sharing
 from bpt_rl.nn.feedforward import blockwise_map
@@ -181,20 +181,25 @@ class Block(nnx.Module):
         return x + drop(self.feedforward(x), self.config.dropout, keys[1])
 
     def prefill(
-        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"]
+        self, x: Float[jax.Array, "B S D"], positions: Int[jax.Array, "B S"], axis: ContextAxis | None = None
     ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B S H_kv K"], Float[jax.Array, "B S H_kv K"]]:
-        """Returns the stream after this block, and its tokens' keys and values as a cache holds them."""
+        """Returns the stream after this block, and its tokens' keys and values as a cache holds them.
+
+        With an axis the tokens are a share of the sequence, and attend to all of it.
+        """
         config = self.config
         query, key, value = self.project(x, positions, self.kernels())
-        attended = dot_product_attention(
-            query,
-            key,
-            value,
-            # A model that was trained with cudnn may act where there is none.
-            implementation="auto" if config.implementation == "cudnn" else config.implementation,
-            query_chunk_size=config.query_chunk_size,
-            key_chunk_size=config.key_chunk_size,
-        )
+        # A model that was trained with cudnn may act where there is none, and a ring has an implementation of its own.
+        is_free = config.implementation == "cudnn" or (axis is not None and axis.method == "ring")
+        options: dict[str, Any] = {
+            "implementation": "auto" if is_free else config.implementation,
+            "query_chunk_size": config.query_chunk_size,
+            "key_chunk_size": config.key_chunk_size,
+        }
+        if axis:
+            attended = context_attention(query, key, value, None, axis, **options)
+        else:
+            attended = dot_product_attention(query, key, value, **options)
         inputs = (x, attended.reshape(*x.shape[:2], -1))
         stream: jax.Array = blockwise_map(self._residuals, inputs, config.feedforward_chunk_size)
         return stream, key, value
@@ -207,6 +212,7 @@ class Block(nnx.Module):
         length: Int[jax.Array, "B"],
         num_dummy: int,
         positions: Int[jax.Array, "B S"] | None = None,
+        stripes: Stripes | None = None,
     ) -> tuple[Float[jax.Array, "B S D"], Float[jax.Array, "B H_kv C K"], Float[jax.Array, "B H_kv C K"]]:
         """Returns the stream of S new tokens and the cache that holds them too.
 
@@ -217,34 +223,15 @@ class Block(nnx.Module):
           length: Tokens before them, row by row.
           num_dummy: First slots of the cache that no later token may see.
           positions: Rotary positions of the new tokens; their slots if None.
+          stripes: How devices share the cache, of which this one has a part.
         """
         slots = length[:, None] + jnp.arange(x.shape[1])
         query, key, value = self.project(x, slots if positions is None else positions, self.kernels())
-        write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (0, start, 0)))
-        cache_key = write(cache_key, key.swapaxes(1, 2).astype(cache_key.dtype), length)
-        cache_value = write(cache_value, value.swapaxes(1, 2).astype(cache_value.dtype), length)
-        attended = _cached_attention(query, cache_key, cache_value, slots, num_dummy)
+        cache_key = write_step(cache_key, key, length, stripes)
+        cache_value = write_step(cache_value, value, length, stripes)
+        attended = cached_attention(query, cache_key, cache_value, slots, num_dummy, stripes)
         x = x + self.output(attended.reshape(*x.shape[:2], -1))
         return x + self.feedforward(x), cache_key, cache_value
-
-
-def _cached_attention(
-    query: Float[jax.Array, "B S H K"],
-    key: Float[jax.Array, "B H_kv C K"],
-    value: Float[jax.Array, "B H_kv C K"],
-    slots: Int[jax.Array, "B S"],
-    num_dummy: int,
-) -> Float[jax.Array, "B S H K"]:
-    B, S, H, K = query.shape
-    grouped = query.reshape(B, S, key.shape[1], -1, K)
-    logits = jnp.einsum("bsngk,bnck->bngsc", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(K)
-    cached = jnp.arange(key.shape[2])
-    is_past = (cached <= slots[..., None]) & (cached >= num_dummy)
-    # A dummy sees itself, so that its softmax, which nothing reads, stays finite.
-    is_visible = is_past | (cached == slots[..., None])
-    weights = jax.nn.softmax(jnp.where(is_visible[:, None, None], logits, -jnp.inf), axis=-1)
-    attended = jnp.einsum("bngsc,bnck->bsngk", weights.astype(value.dtype), value)
-    return attended.reshape(B, S, H, K).astype(query.dtype)
 
 
 class Transformer(nnx.Module):
@@ -299,12 +286,20 @@ class Transformer(nnx.Module):
             lambda x, _: read(self.norm(x)), (stream[:, tokens],), config.feedforward_chunk_size
         )
 
-    def init_cache(self, num_rows: int, capacity: int) -> KeyValueCache:
-        """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens."""
+    def init_cache(
+        self, num_rows: int, capacity: int, sharding: jax.sharding.Sharding | None = None
+    ) -> KeyValueCache:
+        """Returns an empty cache for `num_rows` contexts of up to `capacity` tokens.
+
+        Args:
+          num_rows: B.
+          capacity: C, over all devices.
+          sharding: Where keys and values lie; on the first device if None.
+        """
         heads = self.config.num_kv_heads or self.config.num_heads
         shape = (num_rows, heads, capacity, self.config.embed_dim // self.config.num_heads)
-        empty = [jnp.zeros(shape, self.config.compute_dtype) for _ in range(2 * self.config.num_layers)]
-        half = self.config.num_layers
+        half, dtype = self.config.num_layers, self.config.compute_dtype
+        empty = [jnp.zeros(shape, dtype, device=sharding) for _ in range(2 * half)]
         return KeyValueCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(num_rows, jnp.int32))
 
     def decode(
@@ -314,10 +309,16 @@ class Transformer(nnx.Module):
         num_dummy: int = 0,
         *,
         positions: Int[jax.Array, "B S"] | None = None,
+        stripes: Stripes | None = None,
     ) -> tuple[Float[jax.Array, "B S D"], KeyValueCache]:
         """Returns the normed stream of S new tokens a row, and the cache that holds them.
 
-        Rotary positions are the slots in the cache, unless others are given.
+        Args:
+          x: New tokens.
+          cache: To be written to; donate it.
+          num_dummy: First slots of the cache that no later token may see.
+          positions: Rotary positions; the slots in the cache if None.
+          stripes: How devices share the cache, of which this one has a part; all have the new tokens.
         """
         graph, stacked = nnx.split(self.blocks)
         x = x.astype(self.config.compute_dtype)
@@ -326,7 +327,7 @@ class Transformer(nnx.Module):
         for i in range(self.config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
             held = (cache.keys[i], cache.values[i], cache.length)
-            x, key, value = block.decode(x, *held, num_dummy, positions)
+            x, key, value = block.decode(x, *held, num_dummy, positions, stripes)
             keys.append(key)
             values.append(value)
         length = cache.length + x.shape[1]
@@ -339,7 +340,9 @@ class Transformer(nnx.Module):
         rows: Int[Any, "contexts"],
         num_tokens: Int[Any, "contexts"],
         num_dummy: int = 0,
+        *,
         positions: Int[jax.Array, "contexts S"] | None = None,
+        shares: tuple[ContextAxis, Stripes] | None = None,
     ) -> KeyValueCache:
         """Returns the cache as decoding the tokens step by step would have left it, for one pass over all of them.
 
@@ -349,28 +352,35 @@ class Transformer(nnx.Module):
         Args:
           x: Token embeddings of contexts that begin anew, padding behind each.
           cache: To be filled; donate it, and each layer is written in place.
-          rows: Which rows of the cache the contexts go to, ascending; the others stay as they are.
+          rows: Which rows of the cache the contexts go to, ascending; the others stay as they are. What is to go
+            behind the last row goes nowhere.
           num_tokens: Tokens that each row is to hold, dummies included; slots behind them hold padding until
             decoding overwrites it, and no earlier token sees them.
           num_dummy: First slots of the cache, which no token may see; the first of `x` goes behind them.
           positions: Rotary positions; the slots in the cache if None.
+          shares: How devices share the contexts' tokens, of which `x` is a part, and how the cache.
         """
         graph, stacked = nnx.split(self.blocks)
         x = x.astype(self.config.compute_dtype)
+        axis, stripes = shares or (None, None)
         if positions is None:
-            positions = jnp.broadcast_to(num_dummy + jnp.arange(x.shape[1]), x.shape[:2])
-        num_kept = min(x.shape[1], cache.keys[0].shape[2] - num_dummy)
+            in_row = jnp.arange(x.shape[1]) if axis is None else axis.positions(x.shape[1])
+            positions = jnp.broadcast_to(num_dummy + in_row, x.shape[:2])
+        first = num_dummy if stripes is None else 0
+        num_kept = min(x.shape[1], cache.keys[0].shape[2] - first)
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:
+            if axis and stripes:
+                new = stripes.dealt(new, axis.placement, num_dummy)
             kept = new[:, :num_kept].swapaxes(1, 2).astype(cached.dtype)
-            place = cached.at[rows, :, num_dummy : num_dummy + num_kept]
-            return place.set(kept, indices_are_sorted=True, unique_indices=True)
+            place = cached.at[rows, :, first : first + num_kept]
+            return place.set(kept, indices_are_sorted=True, unique_indices=True, mode="drop")
 
         keys, values = [], []
         # As in `decode`. Nothing reads what leaves the last layer, so its attention is not computed.
         for i in range(self.config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-            x, key, value = block.prefill(x, positions)
+            x, key, value = block.prefill(x, positions, axis)
             keys.append(written(cache.keys[i], key))
             values.append(written(cache.values[i], value))
-        return KeyValueCache(tuple(keys), tuple(values), cache.length.at[rows].set(num_tokens))
+        return KeyValueCache(tuple(keys), tuple(values), cache.length.at[rows].set(num_tokens, mode="drop"))

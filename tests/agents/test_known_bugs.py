@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from bpt_rl.config import ModelConfig
-from bpt_rl.nn import cached_policy
+from bpt_rl.nn import chain_cache
 from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
 from bpt_rl.types import PackedBatch
@@ -43,7 +43,8 @@ def test_a_step_costs_what_its_own_tokens_cost_and_not_the_whole_context_again()
         inputs = Step(
             np.zeros((1, 2), np.float32), row, row, index, index, row, np.zeros((1, 3)), index, index
         )
-        lowered = cached_policy._decode.lower(hashed_graph(graph), params, cache, index, inputs, None)
+        alone = chain_cache.CacheDevices(model=MODEL)
+        lowered = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, index, inputs, None)
         return lowered.cost_analysis()["flops"]
 
     def of_the_whole(num_steps):

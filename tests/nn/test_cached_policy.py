@@ -11,7 +11,7 @@ from bpt_rl.agents.decision_transformer import DecisionTransformer
 from bpt_rl.config import DataConfig, ModelConfig, TrainConfig
 from bpt_rl.datasets.chains import build_chain
 from bpt_rl.datasets.packing import STEP_FIELDS, pack
-from bpt_rl.nn import cached_policy
+from bpt_rl.nn import chain_cache
 from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
@@ -216,11 +216,13 @@ def test_a_cache_doubles_when_its_longest_context_is_full_up_to_the_whole_contex
 
 def test_a_step_is_written_into_the_cache_that_was_given(make):
     # A key head for each query head: grouped, a CPU turns the keys of a layer round before it multiplies them.
-    graph, params = make(dataclasses.replace(MODEL, layout="fused", num_kv_heads=2))
+    config = dataclasses.replace(MODEL, layout="fused", num_kv_heads=2)
+    graph, params = make(config)
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, 2**20))
     row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
     inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
-    compiled = cached_policy._decode.lower(hashed_graph(graph), params, cache, index, inputs, None).compile()
+    alone = chain_cache.CacheDevices(model=config)
+    compiled = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, index, inputs, None).compile()
     memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
     num_bytes = 4 * arrays[0].size
     assert memory.alias_size_in_bytes >= num_bytes * len(arrays)

@@ -11,7 +11,7 @@ from flax import nnx
 from bpt_rl.config import ModelConfig
 from bpt_rl.datasets.chains import build_chain
 from bpt_rl.datasets.packing import pack
-from bpt_rl.nn import cached_policy
+from bpt_rl.nn import chain_cache
 from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
@@ -269,10 +269,11 @@ def test_a_pass_makes_no_matrix_of_logits_and_no_hidden_tensor_and_fills_the_cac
     observation, action = (jax.ShapeDtypeStruct((*place, dim), np.float32) for dim in (3, 2))
     batch = PackedBatch(observation, action, row, row, row, index, index, None, row)
     inputs = (params, cache, batch, np.arange(2), np.zeros(2, np.int32))
-    program = jax.make_jaxpr(functools.partial(cached_policy._prefill, hashed_graph(graph)))(*inputs)
+    devices = chain_cache.CacheDevices(model=config)
+    program = jax.make_jaxpr(functools.partial(chain_cache.prefill, hashed_graph(graph), devices))(*inputs)
     # The stream is as large as a layer's keys; the hidden tensor would be 32 times and the logits 2048 times as large.
     assert largest_size(program.jaxpr) <= 8 * cache.keys[0].size
-    memory = cached_policy._prefill.lower(hashed_graph(graph), *inputs).compile().memory_analysis()
+    memory = chain_cache.prefill.lower(hashed_graph(graph), devices, *inputs).compile().memory_analysis()
     num_bytes = 4 * cache.keys[0].size
     assert memory.alias_size_in_bytes >= 4 * num_bytes
     # Streams, queries, keys and values, each as large: never those of all layers and their copies at once.
