@@ -222,7 +222,9 @@ def test_a_step_is_written_into_the_cache_that_was_given(make):
     row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
     inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
     alone = chain_cache.CacheDevices(model=config)
-    compiled = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, index, inputs, None).compile()
+    compiled = chain_cache.decode.lower(
+        hashed_graph(graph), alone, params, cache, index, inputs, None
+    ).compile()
     memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
     num_bytes = 4 * arrays[0].size
     assert memory.alias_size_in_bytes >= num_bytes * len(arrays)
