@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bpt_rl.config import Implementation
-from bpt_rl.nn.attention import dot_product_attention
+from bpt_rl.nn import cudnn_block
+from bpt_rl.nn.attention import chosen_implementation, cudnn_obstacle, dot_product_attention
 from bpt_rl.nn.blockwise import ChunkSizes
 from bpt_rl.nn.ring_attention import Ring, ring_attention
 from bpt_rl.nn.zigzag import Placement, local_positions
@@ -64,9 +65,8 @@ def context_attention(
       key: Its share of the keys.
       value: Same shape as `key`.
       segment_ids: Its share of them.
-      axis: ring: keys and values go around, and attention is blockwise. ulysses: each device gets the whole sequence
-        of its share of the heads, and attends with any implementation.
-      implementation: As for `dot_product_attention`; ring has blockwise alone.
+      axis: ring: keys and values go around. ulysses: each device gets the whole sequence of its share of the heads.
+      implementation: As for `dot_product_attention`; a ring has no reference.
       is_causal: Likewise.
       query_chunk_size: Likewise.
       key_chunk_size: Likewise.
@@ -75,12 +75,9 @@ def context_attention(
       ValueError: If the heads do not divide among the devices, or the implementation is not to be had.
     """
     if axis.method == "ring":
-        if implementation not in ("auto", "blockwise"):
-            raise ValueError(
-                f"Ring attention is blockwise; got implementation {implementation!r}. Use 'auto', or ulysses."
-            )
         sizes = ChunkSizes(query_chunk_size, key_chunk_size)
-        ring = Ring(axis.name, axis.num_devices, axis.placement, is_causal, sizes)
+        kernel = _ring_implementation(implementation, query, segment_ids is not None)
+        ring = Ring(axis.name, axis.num_devices, axis.placement, is_causal, sizes, kernel)
         return ring_attention(query, key, value, segment_ids, ring)
     repeats = key_repeats(query.shape[2], key.shape[2], axis.num_devices)
     if repeats > 1:
@@ -97,6 +94,25 @@ def context_attention(
     )
     by_tokens: Array = jax.lax.all_to_all(attended, axis.name, split_axis=1, concat_axis=2, tiled=True)
     return by_tokens
+
+
+def _ring_implementation(
+    asked: Implementation, query: Array, has_segments: bool
+) -> Literal["blockwise", "cudnn"]:
+    """Returns what attends to the keys that a device holds."""
+    unmet = cudnn_obstacle(
+        device_kind=jax.devices()[0].device_kind,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        has_segments=has_segments,
+    )
+    chosen = chosen_implementation(asked, unmet or cudnn_block.obstacle())
+    if chosen not in ("blockwise", "cudnn"):
+        raise ValueError(
+            f"Attention around a ring must be auto, blockwise or cudnn; got implementation {asked!r}. Use 'auto', or "
+            "ulysses."
+        )
+    return "cudnn" if chosen == "cudnn" else "blockwise"
 
 
 def _by_heads(array: Array, axis: ContextAxis) -> Array:

@@ -9,14 +9,15 @@ Source: Liu, Zaharia and Abbeel 2023 (Ring Attention); Brandon et al. 2023 (Stri
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from bpt_rl.nn.blockwise import RESIDUAL_NAME, Attended, ChunkSizes, Operands, attend_to_block, block_gradient
+from bpt_rl.nn import blockwise, cudnn_block
+from bpt_rl.nn.blockwise import RESIDUAL_NAME, Attended, ChunkSizes, Operands
 from bpt_rl.nn.zigzag import Placement
 
 
@@ -29,6 +30,23 @@ class Ring(NamedTuple):
     placement: Placement
     is_causal: bool
     sizes: ChunkSizes
+    """Of blockwise's chunks."""
+    implementation: Literal["blockwise", "cudnn"] = "blockwise"
+    """What attends to the keys that a device holds. cudnn has no segments."""
+
+    def attend(self, operands: Operands, *, is_causal: bool = False) -> tuple[Array, Array]:
+        """Returns output and log-sum-exp of attention to these keys, float32 or wider."""
+        if self.implementation == "cudnn":
+            return cudnn_block.attend_to_block(operands, is_causal=is_causal)
+        return blockwise.attend_to_block(operands, self.sizes, is_causal=is_causal)
+
+    def gradient(
+        self, operands: Operands, attended: Attended, *, is_causal: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """Returns these keys' summand of the query gradient, and their own gradients, float32 or wider."""
+        if self.implementation == "cudnn":
+            return cudnn_block.block_gradient(operands, attended, is_causal=is_causal)
+        return blockwise.block_gradient(operands, attended, self.sizes, is_causal=is_causal)
 
     @property
     def last_turn(self) -> Array:
@@ -95,15 +113,15 @@ def _attend(ring: Ring, query: Array, keys: _Keys) -> Array:
 
 
 def _forward(ring: Ring, query: Array, keys: _Keys) -> tuple[Array, tuple[Array, _Keys, Array, Array]]:
-    def visit(state: tuple[Array, Array], held: _Keys, part: _Part, is_causal: bool) -> tuple[Array, Array]:
+    def visit(state: tuple[Array, Array], held: _Keys, part: _Part) -> tuple[Array, Array]:
         """Returns output and log-sum-exp with a part of the keys that are held merged in."""
         rows = part.queries
-        block = attend_to_block(_operands(query, keys, held, part), ring.sizes, is_causal=is_causal)
+        block = ring.attend(_operands(query, keys, held, part))
         merged = _merged((state[0][:, rows], state[1][:, rows]), block)
         return state[0].at[:, rows].set(merged[0]), state[1].at[:, rows].set(merged[1])
 
     def turn(state: tuple[Array, Array], held: _Keys, number: Array | int) -> tuple[Array, Array]:
-        branches = [functools.partial(visit, part=part, is_causal=False) for part in _parts(ring, query)]
+        branches = [functools.partial(visit, part=part) for part in _parts(ring, query)]
         case = _case(ring, query, keys, held, number)
         result: tuple[Array, Array] = jax.lax.switch(
             case, [lambda state, held: state, *branches], state, held
@@ -117,7 +135,7 @@ def _forward(ring: Ring, query: Array, keys: _Keys) -> tuple[Array, tuple[Array,
         return turn(state, held, number), arriving
 
     held = ring.send(keys) if ring.num_devices > 1 else keys
-    state = attend_to_block(_operands(query, keys, keys, _WHOLE), ring.sizes, is_causal=ring.is_causal)
+    state = ring.attend(_operands(query, keys, keys, _WHOLE), is_causal=ring.is_causal)
     if ring.num_devices > 2:
         state, held = jax.lax.fori_loop(1, ring.last_turn, body, (state, held))
     if ring.num_devices > 1:
@@ -141,10 +159,10 @@ def _backward(
     query, keys, out, log_sum_exp = residuals
     attended = Attended(out, log_sum_exp, cotangent)
 
-    def visit(state: _Gradients, held: _Keys, part: _Part, is_causal: bool) -> _Gradients:
+    def visit(state: _Gradients, held: _Keys, part: _Part) -> _Gradients:
         rows, columns = part
         of_rows = Attended(*(array[:, rows] for array in attended))
-        block = block_gradient(_operands(query, keys, held, part), of_rows, ring.sizes, is_causal=is_causal)
+        block = ring.gradient(_operands(query, keys, held, part), of_rows)
         return _Gradients(
             state.query.at[:, rows].add(block[0]),
             state.key.at[:, columns].add(block[1]),
@@ -155,7 +173,7 @@ def _backward(
         # Of the keys that have arrived; what other devices added to theirs arrives meanwhile, and is added last.
         arriving = ring.send((state.key, state.value))
         fresh = _Gradients(state.query, jnp.zeros_like(state.key), jnp.zeros_like(state.value))
-        branches = [functools.partial(visit, part=part, is_causal=False) for part in _parts(ring, query)]
+        branches = [functools.partial(visit, part=part) for part in _parts(ring, query)]
         case = _case(ring, query, keys, held, number)
         added: _Gradients = jax.lax.switch(case, [lambda state, held: state, *branches], fresh, held)
         return _Gradients(added.query, added.key + arriving[0], added.value + arriving[1])
@@ -167,16 +185,16 @@ def _backward(
 
     held = ring.send(keys) if ring.num_devices > 1 else keys
     own = _operands(query, keys, keys, _WHOLE)
-    state = _Gradients(*block_gradient(own, attended, ring.sizes, is_causal=ring.is_causal))
+    state = _Gradients(*ring.gradient(own, attended, is_causal=ring.is_causal))
     if ring.num_devices > 2:
         state, held = jax.lax.fori_loop(1, ring.last_turn, body, (state, held))
-    d_key, d_value = state.key, state.value
     if ring.num_devices > 1:
         state = turn(state, held, ring.num_devices - 1)
-        d_key, d_value = ring.send((state.key, state.value))
-    return state.query.astype(query.dtype), _Keys(
-        d_key.astype(keys.key.dtype), d_value.astype(keys.value.dtype), None
-    )
+    # Complete, they are rounded before they go home: nothing hides that way.
+    home = state.key.astype(keys.key.dtype), state.value.astype(keys.value.dtype)
+    if ring.num_devices > 1:
+        home = ring.send(home)
+    return state.query.astype(query.dtype), _Keys(*home, None)
 
 
 _attend.defvjp(_forward, _backward)

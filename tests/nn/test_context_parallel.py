@@ -228,7 +228,9 @@ def test_ulysses_exchanges_each_operand_once_each_way():
 def test_a_ring_refuses_another_implementation_and_halves_that_are_none():
     operands = [jnp.zeros((1, 3, 1, 4))] * 3
     axis = ContextAxis(name="context", num_devices=2, method="ring")
-    with pytest.raises(ValueError, match="got implementation 'cudnn'"):
+    with pytest.raises(ValueError, match="got implementation 'reference'"):
+        context_attention(*operands, None, axis, implementation="reference")
+    with pytest.raises(ValueError, match="cudnn attention must have"):
         context_attention(*operands, None, axis, implementation="cudnn")
     with pytest.raises(ValueError, match="a share of 3 tokens"):
         context_attention(*operands, None, axis)
