@@ -1,14 +1,13 @@
 """What a training step holds and computes, counted from what the code keeps, before anything is compiled.
 
 Every term is an array that the step needs at one time, in bytes a token times tokens. Left out: the batch
-itself, about a thousandth, and whatever the compiler adds.
+itself, about a thousandth, and whatever the compiler adds. Where devices share the step, all is of one of them.
 """
 
 import dataclasses
-import functools
-from typing import Literal
 
-from bpt_rl.config import Activations, ModelConfig
+from bpt_rl.config import Activations
+from bpt_rl.nn.workload import FLOAT32, Workload
 from bpt_rl.types import LAYOUTS
 
 LEVELS: tuple[Activations, ...] = ("keep", "save_attention", "offload_attention", "recompute", "offload")
@@ -21,70 +20,9 @@ ACTIVATION_COPIES = {"relu": 1, "gelu": 5, "silu": 4}
 """Hidden tensors that the derivative of the activation and the product behind it read; relu adds a mask of bytes, and
 gelu reads a sixth before JAX 0.11."""
 
-_FLOAT32 = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A gradient step of a model."""
-
-    model: ModelConfig
-    """Its `activations` are not read: each level is asked for by name."""
-    implementation: Literal["cudnn", "blockwise"]
-    """Attention that will run."""
-    num_parameters: int
-    num_rows: int = 1
-    """Of a micro-batch."""
-    context_length: int
-    """Tokens a row."""
-    accumulation: int = 1
-    """Micro-batches."""
-    optimizer_in_host: bool = False
-    """Whether parameters and AdamW's moments lie in the host's memory but for the update, and the device has a copy
-    whose kernels are of the compute type."""
-
-    @functools.cached_property
-    def num_tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.num_rows * self.context_length
-
-    @property
-    def chunk_length(self) -> int:
-        """Tokens of a row that go through a feedforward at once."""
-        chunks = -(-self.context_length // self.model.feedforward_chunk_size)
-        return -(-self.context_length // chunks)
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether the feedforward goes chunk by chunk, and so is computed again in the backward pass."""
-        return self.chunk_length < self.context_length
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of an activation."""
-        return 2 if self.model.compute_dtype == "bfloat16" else 4
-
-    @property
-    def kv_dim(self) -> int:
-        """Entries of a token's keys of all heads."""
-        return (
-            self.model.embed_dim // self.model.num_heads * (self.model.num_kv_heads or self.model.num_heads)
-        )
-
-    @property
-    def feedforward_dim(self) -> int:
-        """Hidden entries of a token."""
-        return self.model.feedforward_dim or 4 * self.model.embed_dim
-
-    @property
-    def projection_parameters(self) -> int:
-        """Weights that make queries, keys and values of one layer."""
-        return self.model.embed_dim * (self.model.embed_dim + 2 * self.kv_dim)
-
-    @property
-    def residual_parameters(self) -> int:
-        """Weights behind the attention of one layer: its output and the feedforward."""
-        return self.model.embed_dim * (self.model.embed_dim + 2 * self.feedforward_dim)
+PROCESSOR_STREAMS = 6
+"""float32 tensors of the stream's size that XLA holds on a processor beside what is counted here, measured: rotary
+tables of queries and keys, made for all layers at once, and two more of what loops begin from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,25 +78,40 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     stream = work.item_bytes * model.embed_dim
     kept = tokens * _kept_layers(work, activations)
     dropped = model.embed_dim if model.dropout else 0  # a mask of bytes
-    weights = work.item_bytes * (work.projection_parameters + work.residual_parameters)
     transient = max(_attention_bytes(work, activations) * tokens, _residual_bytes(work, activations))
     if activations in IN_HOST:
         transient += tokens * stream  # the next layer's input, on its way from the host
-    parameters = _FLOAT32 * work.num_parameters
+    if work.is_on_processor:
+        transient += tokens * PROCESSOR_STREAMS * FLOAT32 * model.embed_dim
+    parameters = FLOAT32 * work.local_parameters
     in_host = work.optimizer_in_host
-    kernels = min(
-        model.num_layers * (work.projection_parameters + work.residual_parameters), work.num_parameters
-    )
     return MemoryPlan(
-        parameters=parameters - in_host * kernels * (_FLOAT32 - work.item_bytes),
+        parameters=parameters - in_host * work.matrix_parameters * (FLOAT32 - work.item_bytes),
         optimizer=0 if in_host else 2 * parameters,
         gradients=parameters * min(work.accumulation, 2),
-        kept=0 if activations in IN_HOST else kept,
-        embeddings=0 if work.is_chunked else tokens * (_FLOAT32 * model.embed_dim + dropped),
-        # Weights of one layer and their gradients, both in the compute type, stand beside the activations.
-        layer=transient + 2 * weights,
+        kept=(0 if activations in IN_HOST else kept) + _kept_matrices(work, activations),
+        embeddings=0 if work.is_chunked else tokens * (FLOAT32 * model.embed_dim + dropped),
+        layer=transient + _layer_weights(work),
         update=4 * parameters,
         host=in_host * 3 * parameters + (kept if activations in IN_HOST else 0),
+    )
+
+
+def _layer_weights(work: Workload) -> int:
+    """Returns the bytes of one layer's weights and their gradients, which stand beside its activations.
+
+    Both are of the compute type. Where devices split them, they are gathered before they are cast, and summed after.
+    """
+    cast = 2 * work.item_bytes * work.layer_parameters
+    is_gathered = work.share.fsdp > 1 and work.item_bytes < FLOAT32
+    return cast + is_gathered * 2 * FLOAT32 * work.layer_parameters
+
+
+def _kept_matrices(work: Workload, activations: Activations) -> int:
+    """Returns the bytes of gathered matrices, in the compute type, that are kept until the backward pass."""
+    is_kept = work.share.fsdp > 1 and activations == "keep"
+    return (
+        is_kept * work.model.num_layers // work.model.layer_groups * work.item_bytes * work.layer_parameters
     )
 
 
@@ -179,7 +132,7 @@ def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
     output and float32 log-sum-exp; `keep` all that differentiation reads.
     """
     size, width = work.item_bytes, work.model.embed_dim
-    attended = size * width + _FLOAT32 * work.model.num_heads
+    attended = size * width + FLOAT32 * work.model.num_heads
     if activations in ("recompute", "offload"):
         return size * width
     if activations in ("save_attention", "offload_attention"):
@@ -194,7 +147,7 @@ def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
 
 def _norm_bytes(work: Workload) -> int:
     """Returns what the derivative of a norm reads of a token, float32: three tensors and two statistics."""
-    return _FLOAT32 * (3 * work.model.embed_dim + 2)
+    return FLOAT32 * (3 * work.model.embed_dim + 2)
 
 
 def _feedforward_bytes(work: Workload) -> int:
@@ -213,13 +166,18 @@ def _attention_bytes(work: Workload, activations: Activations) -> int:
     then added where query heads share keys. The blockwise form lays the operands out by chunks and sums the key and
     value gradients in float32. All this is of one group of heads at a time.
     """
-    size, width, kv_dim = work.item_bytes, work.model.embed_dim, work.kv_dim
+    size, width, kv_dim = work.item_bytes, work.model.embed_dim, work.attended_kv_dim
     num_groups = work.model.head_groups
-    heads = 2 * size * (width + 2 * kv_dim) + 2 * _FLOAT32 * work.model.num_heads
-    if work.implementation == "blockwise":
-        heads += 2 * size * width + 2 * _FLOAT32 * kv_dim
+    if work.share.context > 1 and work.share.method == "ring":
+        heads = _ring_bytes(work, activations)
     else:
-        heads += _FLOAT32 * width + (2 * size * width if kv_dim < width else 0)
+        heads = 2 * size * (width + 2 * kv_dim) + 2 * FLOAT32 * work.model.num_heads
+        if work.implementation == "blockwise":
+            heads += 2 * size * width + 2 * FLOAT32 * kv_dim
+        else:
+            heads += FLOAT32 * width + (2 * size * width if kv_dim < width else 0)
+        if work.share.context > 1:
+            heads += size * width  # what an all-to-all sends, beside what arrives
     # Layer input, gradient of the stream, the attention's output and its gradient; the gradient of the tokens read.
     held = 4 * size * width + size * width // LAYOUTS[work.model.layout]
     if num_groups > 1:
@@ -231,6 +189,20 @@ def _attention_bytes(work: Workload, activations: Activations) -> int:
     return held + heads // num_groups
 
 
+def _ring_bytes(work: Workload, activations: Activations) -> int:
+    """Returns what the backward pass of a ring holds of a token of this device, for all heads."""
+    size, width, kv_dim = work.item_bytes, work.model.embed_dim, work.kv_dim
+    own = size * (width + 2 * kv_dim) + 2 * FLOAT32 * work.model.num_heads
+    # Queries, output, its gradient and half of the keys and values, laid out by chunks.
+    cut = size * (3 * width + kv_dim)
+    held_and_arriving = 2 * size * 2 * kv_dim
+    # Of queries; of the keys and values that are held, and of those that arrive.
+    gradients = FLOAT32 * (width + 2 * 2 * kv_dim)
+    # The first keys come once for recomputation and backward pass, and are held until that begins.
+    early = 2 * size * kv_dim * (activations in ("recompute", "offload"))
+    return own + cut + held_and_arriving + gradients + early
+
+
 def _residual_bytes(work: Workload, activations: Activations) -> int:
     """Returns what the backward pass of output projection and feedforward holds beside what layers keep."""
     size, width = work.item_bytes, work.model.embed_dim
@@ -239,25 +211,26 @@ def _residual_bytes(work: Workload, activations: Activations) -> int:
     chunk = 2 * size * work.feedforward_dim  # gradients before and behind the activation
     if activations != "keep" or work.is_chunked:
         chunk += _feedforward_bytes(work)
-    return held * work.num_tokens + chunk * work.num_rows * work.chunk_length
+    return held * work.num_tokens + chunk * work.local_rows * work.chunk_length
 
 
 def count_flops(work: Workload, activations: Activations) -> Flops:
-    """Returns the operations that a gradient step executes, recomputation included.
+    """Returns the operations that a device executes in a gradient step, recomputation included.
 
     A causal product of queries and keys is S^2 D operations; attention has two of them forward and five backward.
     """
     layers, width = work.model.num_layers, work.model.embed_dim
     attends_again = (activations in ("recompute", "offload")) + (work.model.layer_groups > 1)
-    product = work.num_rows * work.context_length**2 * width
+    # Devices of a row have equal parts of the causal half: zigzag sees to it, or each has whole heads.
+    product = work.num_tokens * work.padded_length * width
     projects_again = activations != "keep"
     branches_again = projects_again or work.is_chunked
     # What the last product of a layer gives is in nobody's derivative: it is not computed again.
     last = width * work.feedforward_dim
-    weights = 3 * (work.projection_parameters + work.residual_parameters)
+    weights = 3 * work.layer_parameters
     weights += projects_again * work.projection_parameters
     # Groups of layers go forward once more, and whole: each layer's result is the next one's input.
-    weights += (work.model.layer_groups > 1) * (work.projection_parameters + work.residual_parameters)
+    weights += (work.model.layer_groups > 1) * work.layer_parameters
     weights += branches_again * (work.residual_parameters - last)
     return Flops(
         attention=work.accumulation * layers * product * (7 + 2 * attends_again),
@@ -271,7 +244,7 @@ def longest_context(
     memory: int,
     *,
     host_memory: int | None = None,
-    num_rows: int = 1,
+    num_rows: int | None = None,
 ) -> int:
     """Returns the most tokens that each row can have; 0 if not one fits.
 
@@ -280,8 +253,9 @@ def longest_context(
       activations: What a layer keeps.
       memory: Bytes of the device.
       host_memory: Bytes of the host; None for as many as it takes.
-      num_rows: Of a micro-batch.
+      num_rows: Of a micro-batch; the fewest that the devices can share if None.
     """
+    num_rows = num_rows or work.share.row_shares
 
     def fits(tokens: int) -> bool:
         row = dataclasses.replace(work, num_rows=num_rows, context_length=tokens)

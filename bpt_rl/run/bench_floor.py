@@ -4,7 +4,8 @@ import functools
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
-from bpt_rl.nn.memory_plan import Workload, count_flops
+from bpt_rl.nn.memory_plan import count_flops
+from bpt_rl.nn.workload import Workload
 from bpt_rl.run.bench_attention import AttentionShape, AttentionTimes, time_attention
 from bpt_rl.run.bench_measurement import matrix_rate
 from bpt_rl.run.bench_subject import Subject

@@ -15,11 +15,11 @@ from bpt_rl.nn.memory_plan import (
     LEVELS,
     Flops,
     MemoryPlan,
-    Workload,
     count_flops,
     longest_context,
     plan_memory,
 )
+from bpt_rl.nn.workload import Workload
 from bpt_rl.run.devices import H100, Device, this_device
 from bpt_rl.run.synthetic import synthetic_statistics
 from bpt_rl.types import LAYOUTS, DataStatistics

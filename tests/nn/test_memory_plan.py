@@ -12,13 +12,13 @@ from bpt_rl.config import ModelConfig
 from bpt_rl.nn.memory_plan import (
     IN_HOST,
     LEVELS,
-    Workload,
     count_flops,
     kept_bytes_per_token,
     longest_context,
     plan_memory,
 )
 from bpt_rl.nn.transformer import Transformer
+from bpt_rl.nn.workload import Workload
 
 GIB = 2**30
 SMALL = ModelConfig(
