@@ -248,7 +248,25 @@ def _offer_memory() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0 done, 2 refused with a sentence, 130 interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _status(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception as error:
+        _leave_others(1, error)
+        raise
+    if status:
+        _leave_others(status)
+    return status
+
+
+def _leave_others(status: int, error: Exception | None = None) -> None:
+    """Ends a process that has failed, if it trained with others."""
+    if "bpt_rl.run.processes" in sys.modules:
+        from bpt_rl.run.processes import leave
+
+        leave(status, error)
+
+
+def _status(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
         return 0

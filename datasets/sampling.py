@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +160,17 @@ def _share(num_rows: int, num_processes: int) -> int:
     return share
 
 
-def batches(sampler: ChainSampler, start: int, stop: int) -> Iterator[PackedBatch]:
-    """Yields batches `start` to `stop` on the default device, made and copied there ahead in a background thread."""
+def batches(
+    sampler: ChainSampler,
+    start: int,
+    stop: int,
+    *,
+    put: Callable[[PackedBatch], PackedBatch] | None = None,
+) -> Iterator[PackedBatch]:
+    """Yields batches `start` to `stop`, made and put ahead in a thread; on the default device without `put`."""
     import grain
     import jax
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    dataset = grain.MapDataset.range(start, stop).map(sampler.batch).map(jax.device_put)
+    dataset = grain.MapDataset.range(start, stop).map(sampler.batch).map(put or jax.device_put)
     yield from dataset.to_iter_dataset(options)

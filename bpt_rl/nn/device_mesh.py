@@ -6,28 +6,33 @@
 | all other parameters | copied | copied | copied |
 | rows of a batch | split | split | copied |
 | tokens of a row | copied | copied | split |
+
+The mesh may be of several processes. Those of one lie side by side along the context axis where they fit, so that what
+is sent most often stays inside a host.
 """
 
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bpt_rl.config import ModelConfig
-from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.mesh_config import MeshConfig, check_shares
 from bpt_rl.nn.attention import model_implementation
 from bpt_rl.nn.context_parallel import ContextAxis, MethodChoice, choose_method, key_repeats
 from bpt_rl.nn.working_copy import LAYERS
+from bpt_rl.types import PackedBatch
 
 _log = logging.getLogger(__name__)
 
 DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")
 BATCH_SPEC = PartitionSpec((DATA, FSDP), CONTEXT)
-"""Of arrays [B, T, ...]."""
+"""Of arrays [B, T, ...], the steps of a row in contiguous parts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,21 +54,111 @@ class Sharing:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Returns the mesh of this process's first devices.
+    """Returns the mesh of the first devices of each process, equally many of all.
 
     Raises:
-      ValueError: If there are too few.
+      ValueError: If there are too few, or processes cannot share them.
     """
-    devices = jax.devices()
-    if config.num_devices > len(devices):
+    num_processes = jax.process_count()
+    check_shares(config.num_devices, num_processes)
+    each = config.num_devices // num_processes
+    by_process = [[d for d in jax.devices() if d.process_index == i] for i in range(num_processes)]
+    fewest = min(by_process, key=len)
+    if each > len(fewest):
+        where = f" in process {fewest[0].process_index} of {num_processes}" if num_processes > 1 else ""
         raise ValueError(
             f"A mesh must not have more devices than there are; got mesh.data {config.data}, mesh.fsdp {config.fsdp} "
-            f"and mesh.context {config.context}, {config.num_devices} in all, and {len(devices)} of kind "
-            f"{devices[0].device_kind!r}. Use a smaller mesh, or try it on a processor with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.num_devices}."
+            f"and mesh.context {config.context}, {each} in all{where}, and {len(fewest)} of kind "
+            f"{fewest[0].device_kind!r}. Use a smaller mesh, or try it on a processor with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={each}."
         )
-    shape = (config.data, config.fsdp, config.context)
-    return Mesh(np.array(devices[: config.num_devices]).reshape(shape), AXES)
+    devices = np.array([devices[:each] for devices in by_process])
+    return Mesh(devices.reshape(config.data, config.fsdp, config.context), AXES)
+
+
+def check_rows(num_rows: int, config: MeshConfig) -> None:
+    """Refuses a micro-batch whose rows the devices cannot share.
+
+    Raises:
+      ValueError: If they cannot.
+    """
+    if num_rows % (config.data * config.fsdp):
+        raise ValueError(
+            "The rows of a micro-batch must be a multiple of mesh.data * mesh.fsdp; got "
+            f"{num_rows} rows for {config.data} * {config.fsdp} devices. Change data.batch_size or the mesh."
+        )
+
+
+class RowShare(NamedTuple):
+    """Which of equal shares of a batch's rows a process makes; several may make the same."""
+
+    index: int
+    num_shares: int
+
+
+def row_share(mesh: Mesh | None) -> RowShare:
+    """Returns the rows that the devices of this process have some of; all without a mesh.
+
+    Raises:
+      ValueError: If another process has some of them, but not all.
+    """
+    if mesh is None:
+        return RowShare(0, 1)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.shape[CONTEXT])
+    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    if len(owners) % len(mine) or mine[0] % len(mine):
+        each = mesh.size // jax.process_count()
+        raise ValueError(
+            "Either mesh.context or the devices of a process must be a multiple of the other; got "
+            f"{mesh.shape[CONTEXT]} and {each}. Change mesh.*, or how many processes there are."
+        )
+    return RowShare(int(mine[0]) // len(mine), len(owners) // len(mine))
+
+
+def placed_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """Returns a batch of which each device has its own rows and steps alone, in equal contiguous parts.
+
+    Args:
+      batch: The rows of this process's share, all their steps; each process calls this with its own.
+      mesh: Of all devices.
+    """
+    share = row_share(mesh)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+
+    def place(leaf: Any) -> jax.Array:
+        num_rows, num_steps = leaf.shape[:2]
+        first = share.index * num_rows
+        shape = (share.num_shares * num_rows, num_steps + _num_padded(num_steps, mesh), *leaf.shape[2:])
+
+        def part(index: tuple[slice, ...]) -> Any:
+            begin, end, _ = index[0].indices(shape[0])
+            # Slices end with the steps that there are.
+            found = leaf[begin - first : end - first, index[1]]
+            start, stop, _ = index[1].indices(shape[1])
+            return _padded(found, stop - start - found.shape[1])
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    placed: PackedBatch = jax.tree.map(place, batch)
+    return placed
+
+
+def with_whole_chunks(leaf: Any, mesh: Mesh) -> Any:
+    """Returns an array [B, T, ...] padded behind its last step to what the devices of a row share equally."""
+    return _padded(leaf, _num_padded(leaf.shape[1], mesh))
+
+
+def _num_padded(num_steps: int, mesh: Mesh) -> int:
+    # Two chunks a device, which zigzag placement needs.
+    num_devices = mesh.shape[CONTEXT]
+    return -num_steps % (2 * num_devices if num_devices > 1 else 1)
+
+
+def _padded(leaf: Any, num_steps: int) -> Any:
+    if not num_steps:
+        return leaf
+    like = np if isinstance(leaf, np.ndarray) else jnp
+    return like.pad(leaf, [(0, 0), (0, num_steps), *((0, 0) for _ in leaf.shape[2:])])
 
 
 def parameter_specs(tree: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Checkpoints of a run, by Orbax: written aside and renamed, so that a kill leaves the previous one usable."""
+"""Checkpoints of a run, by Orbax: written aside and renamed, so that a kill leaves the previous one usable.
+
+Of several processes each calls everything here, and writes and reads what its own devices have.
+"""
 
 import contextlib
 import signal
@@ -53,7 +56,7 @@ class Checkpoints:
         Args:
           step: One that was saved.
           template: Pytree of the same structure, shapes and dtypes (`jax.eval_shape` gives one). Arrays come where
-            their templates' sharding says, else to the first device.
+            their templates' sharding says, else to this process's first device.
 
         Raises:
           FileNotFoundError: If there is no such checkpoint.
@@ -102,7 +105,7 @@ def _uninterrupted() -> Iterator[None]:
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
         return leaf
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 

@@ -62,7 +62,7 @@ def this_device() -> Device:
     A processor's memory is what processes can still get of the machine's, down to a whole GiB, so that what else
     runs there seldom changes a choice.
     """
-    device, room = jax.devices()[0], capacity.measure()
+    device, room = jax.local_devices()[0], capacity.measure()
     if jax.default_backend() == "cpu":
         memory = room.host if room.host < 2**30 else room.host - room.host % 2**30
         return Device(name=device.device_kind, memory=memory, is_host=True)

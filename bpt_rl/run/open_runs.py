@@ -13,6 +13,7 @@ from bpt_rl.run import records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.continuation import check_continuation, write_description
 from bpt_rl.run.loggers import Log, open_loggers
+from bpt_rl.run.processes import agreed, is_first
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all and the last metrics, of several seeds their means."""
@@ -59,6 +60,8 @@ def open_runs(
 ) -> list[OpenRun]:
     """Returns the runs of these configurations, each folder with its description, open until the stack closes.
 
+    Of several processes the first alone writes descriptions and metrics.
+
     Args:
       stack: Closes them.
       configs: They differ in seed and run alone.
@@ -74,16 +77,24 @@ def open_runs(
         )
         for config in configs
     ]
-    for config, saved in zip(configs, opened, strict=True):
-        check_continuation(config, records.RunFolder(Path(config.run)), statistics.digest, saved.latest_step)
+    with agreed():
+        for config, saved in zip(configs, opened, strict=True):
+            folder = records.RunFolder(Path(config.run))
+            check_continuation(config, folder, statistics.digest, saved.latest_step)
     facts = {**facts, "seeds_at_once": [config.seed for config in configs]}
     runs = []
     for config, saved in zip(configs, opened, strict=True):
         folder = records.RunFolder(Path(config.run))
-        write_description(config, folder, dataclasses.asdict(statistics), saved.latest_step or 0, facts)
-        log = stack.enter_context(open_loggers(config, folder))
+        log: Log = _nothing
+        if is_first():
+            write_description(config, folder, dataclasses.asdict(statistics), saved.latest_step or 0, facts)
+            log = stack.enter_context(open_loggers(config, folder))
         runs.append(OpenRun(config=config, saved=saved, log=log))
     return runs
+
+
+def _nothing(line: Mapping[str, float]) -> None:
+    """Takes a line of metrics that another process writes."""
 
 
 def legs(runs: Sequence[OpenRun], num_steps: int) -> Iterator[tuple[list[OpenRun], int, int]]:

@@ -1,6 +1,7 @@
 """A gradient step: pure functions, and the programs compiled of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,11 +147,16 @@ def state_layout(
 def placed_state(
     agent: Agent, config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh | None = None
 ) -> TrainState:
-    """Returns the state before the first step, each array in its place."""
-    state = init_state(agent, make_optimizer(config), seed)
-    if config.place == "device" and not mesh:
+    """Returns the state before the first step, each array in its place; over a mesh, made there, nowhere whole."""
+    make = functools.partial(init_state, agent, make_optimizer(config), seed)
+    if mesh:
+        layout = state_layout(jax.eval_shape(make), config, mesh)
+        shared: TrainState = jax.jit(make, out_shardings=_shardings(layout))()
+        return shared
+    state = make()
+    if config.place == "device":
         return state
-    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config, mesh)))
+    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config)))
     return placed
 
 
@@ -202,7 +208,7 @@ def compile_step(
       num_seeds: States, batches and keys of several are stacked (`bpt_rl.run.seed_axis`), and the state lies on the
         device.
       mesh: Devices that share the step, if there are several: parameters and moments lie as
-        `bpt_rl.nn.device_mesh` says, inputs and key on each.
+        `bpt_rl.nn.device_mesh` says, inputs as they are given, and the key on each.
     """
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     shapes = state_layout(jax.eval_shape(lambda: init_state(agent, optimizer, 0)), config, mesh)

@@ -16,7 +16,7 @@ from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
 from bpt_rl.mesh_config import MeshConfig
-from bpt_rl.nn.device_mesh import make_mesh
+from bpt_rl.nn.device_mesh import check_rows, make_mesh, placed_batch, row_share
 from bpt_rl.run import records
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import Device, this_device
@@ -24,6 +24,7 @@ from bpt_rl.run.expected_return import prepare_expected_return
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
 from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.plan import Rows
+from bpt_rl.run.processes import agreed, ending_together, gathered, is_first
 from bpt_rl.run.seed_axis import numbers, split, stacked
 from bpt_rl.run.step import (
     CompiledStep,
@@ -65,41 +66,47 @@ def train_chains(
     config = configs[0]
     _check_settings(config, len(configs))
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(Store.open(config.data.store))
         # Whatever is wrong with configuration or data shows before there is a run folder.
-        statistics = store.statistics(config.data.task)
-        expected_return = None
-        if config.data.relabel == "expected_return":
-            expected_return = records.RunFolder(Path(config.run)).expected_return_path
-        sampler = ChainSampler(
-            store, config.data, config.model.layout, config.seed, expected_return=expected_return
-        )
-        rows = _rows_of(sampler, statistics, config.mesh)
-        # To each seed its share: a step takes as much for every seed.
-        device = _device_beside(sampler).share(len(configs))
-        choice = choose_activations(config, rows, device=device, recorded=_recorded_activations(config))
-        watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
-        agent = make_agent(watch.config, statistics)
-        watch.refuse_what_is_far_beyond()
+        with agreed():
+            mesh = _mesh_of(config)
+            store = stack.enter_context(Store.open(config.data.store))
+            statistics = store.statistics(config.data.task)
+            sampler = _sampler_of(config, store, mesh)
+            num_shares = row_share(mesh).num_shares
+            rows = _rows_of(sampler, statistics, config.mesh, num_shares)
+            # To each seed its share: a step takes as much for every seed.
+            device = _device_beside(sampler).share(len(configs))
+            recorded = _recorded_activations(config)
+        device, recorded = _least(device), gathered(recorded)[0]
+        with agreed():
+            choice = choose_activations(config, rows, device=device, recorded=recorded)
+            watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
+            agent = make_agent(watch.config, statistics)
+            watch.refuse_what_is_far_beyond()
         facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        if jax.process_count() > 1:
+            facts["processes"] = jax.process_count()
         has_layers = config.agent != "bc"
         if has_layers:
             facts["activations"] = dataclasses.asdict(choice)
         runs = open_runs(stack, configs, statistics, facts)
+        stack.enter_context(ending_together(runs[0].folder.path))
         if announce:
             announce(f"Episodes are kept in place {sampler.choice}.")
         if announce and has_layers:
             announce(f"Activations: {choice}.")
-        expected = prepare_expected_return(store, runs)
+        expected = prepare_expected_return(store, runs) if is_first() else None
+        gathered(None)
         if announce and expected:
             announce(f"Expected returns: {expected}.")
         for together, start, stop in legs(runs, config.optimizer.num_steps):
             with watch.over("making the parameters"):
-                state = stacked([_state_at(start, agent, run) for run in together])
-            tokens = sampler.num_rows * sampler.context_length * config.optimizer.accumulation
+                state = stacked([_state_at(start, agent, run, mesh) for run in together])
+            num_rows = sampler.num_rows * num_shares
+            tokens = num_rows * sampler.context_length * config.optimizer.accumulation
             ledger = Ledger(together, tokens, report_progress)
             samplers = [sampler.with_seed(run.config.seed) for run in together]
-            for step, reached, metrics in _steps(agent, state, samplers, watch, range(start, stop)):
+            for step, reached, metrics in _steps(agent, state, samplers, watch, range(start, stop), mesh):
                 # Memory may run out in a step that is only waited for here.
                 with watch.over(f"in step {step - 1}"):
                     ledger.settle()
@@ -135,20 +142,47 @@ def _mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
     return make_mesh(config.mesh) if config.mesh.num_devices > 1 else None
 
 
-def _rows_of(sampler: ChainSampler, statistics: DataStatistics, mesh: MeshConfig) -> Rows:
+def _sampler_of(config: TrainConfig, store: Store, mesh: jax.sharding.Mesh | None) -> ChainSampler:
+    """Returns the source of the rows that this process's devices share."""
+    share = row_share(mesh)
+    expected_return = None
+    if config.data.relabel == "expected_return":
+        expected_return = records.RunFolder(Path(config.run)).expected_return_path
+    sampler = ChainSampler(
+        store,
+        config.data,
+        config.model.layout,
+        config.seed,
+        process_index=share.index,
+        num_processes=share.num_shares,
+        expected_return=expected_return,
+    )
+    check_rows(sampler.num_rows * share.num_shares, config.mesh)
+    return sampler
+
+
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics, mesh: MeshConfig, num_shares: int) -> Rows:
     """Returns what a device has of a micro-batch."""
     return Rows(
         statistics=statistics,
-        num_rows=-(-sampler.num_rows // (mesh.data * mesh.fsdp)),
+        num_rows=sampler.num_rows * num_shares // (mesh.data * mesh.fsdp),
         context_length=-(-sampler.context_length // mesh.context),
         is_one_chain_a_row=sampler.is_one_chain_a_row,
     )
 
 
-def _state_at(start: int, agent: Agent, run: OpenRun) -> TrainState:
+def _least(device: Device) -> Device:
+    """Returns a device of which every process has no less memory: all must choose alike."""
+    found = gathered([device.memory, device.host_memory])
+    hosts = [host for _, host in found if host is not None]
+    return dataclasses.replace(
+        device, memory=min(memory for memory, _ in found), host_memory=min(hosts, default=None)
+    )
+
+
+def _state_at(start: int, agent: Agent, run: OpenRun, mesh: jax.sharding.Mesh | None) -> TrainState:
     """Returns a run's state after `start` steps, each array in its place; never two of them at once."""
     optimizer, seed = run.config.optimizer, run.config.seed
-    mesh = _mesh_of(run.config)
     if not start:
         return placed_state(agent, optimizer, seed, mesh)
     shapes = jax.eval_shape(lambda: init_state(agent, make_optimizer(optimizer), seed))
@@ -174,7 +208,12 @@ def _recorded_activations(config: TrainConfig) -> Activations | None:
 
 
 def _steps(
-    agent: Agent, state: TrainState, samplers: Sequence[ChainSampler], watch: MemoryWatch, steps: range
+    agent: Agent,
+    state: TrainState,
+    samplers: Sequence[ChainSampler],
+    watch: MemoryWatch,
+    steps: range,
+    mesh: jax.sharding.Mesh | None,
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
     num_seeds = len(samplers)
@@ -186,14 +225,14 @@ def _steps(
         return batch._replace(segment_ids=None) if samplers[0].is_one_chain_a_row else batch
 
     config, accumulation = watch.config.optimizer, watch.config.optimizer.accumulation
-    mesh = _mesh_of(watch.config)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else None
-    key = jax.device_put(stacked([jax.random.key(sampler.seed) for sampler in samplers]), everywhere)
+    seeds = [sampler.seed for sampler in samplers]
+    key = jax.jit(lambda: stacked([jax.random.key(seed) for seed in seeds]), out_shardings=everywhere)()
     compiled: CompiledStep | None = None
-    every = (batches(sampler, steps.start * accumulation, steps.stop * accumulation) for sampler in samplers)
-    source = zip(*every, strict=True)
-    for step, made in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
-        inputs = jax.device_put(made, everywhere) if mesh else made
+    put = functools.partial(placed_batch, mesh=mesh) if mesh else None
+    first, last = steps.start * accumulation, steps.stop * accumulation
+    source = zip(*(batches(sampler, first, last, put=put) for sampler in samplers), strict=True)
+    for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
         if compiled is None:
             with watch.over("compiling the step"):
                 compiled = compile_step(

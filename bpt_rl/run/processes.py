@@ -1,0 +1,151 @@
+"""Processes that train one run together: how they meet, what they agree on, and how they end."""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bpt_rl.mesh_config import CLUSTER, MeshConfig, check_shares
+
+HEARTBEAT_SECONDS = 60
+"""A process that is not heard of for so long is dead, and JAX ends the others."""
+MEETING_SECONDS = 300
+"""Until all must have come."""
+_POLL_SECONDS = 0.5
+
+
+def join(mesh: MeshConfig) -> None:
+    """Waits until all processes that the mesh speaks of are there; from then on JAX counts the devices of all.
+
+    One process is all there is without a coordinator, unless the caller has initialised `jax.distributed`.
+
+    Raises:
+      OSError: If the others cannot be reached, or do not come.
+      ValueError: If no cluster tells who they are, or they cannot share the devices.
+    """
+    if mesh.coordinator and not jax.distributed.is_initialized():
+        # It swallows SIGTERM, with which clusters end a process.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        given: dict[str, Any] = {}
+        if mesh.coordinator != CLUSTER:
+            given = {"coordinator_address": mesh.coordinator, "num_processes": mesh.num_processes}
+            given |= {"process_id": mesh.process_id, "cluster_detection_method": "deactivate"}
+        try:
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=MEETING_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"mesh.coordinator {CLUSTER!r} needs a cluster that tells who takes part; got none that JAX knows "
+                f"({error}). Start it by Slurm or mpirun, or give mesh.coordinator, num_processes and process_id."
+            ) from error
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(
+                f"All processes must meet at mesh.coordinator; got {mesh} and {reason}. Start all within "
+                f"{MEETING_SECONDS} s, and name a free port of the first one's host that the others reach."
+            ) from error
+    check_shares(mesh.num_devices, jax.process_count())
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that writes and reports."""
+    return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the JSON values of all processes, in their order; all must call it, and none goes on before all have."""
+    if jax.process_count() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([content.size], np.int32)).reshape(-1)
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: content.size] = content
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Lets a stage succeed in all processes or fail in all; nothing inside may wait for other processes.
+
+    Raises:
+      ValueError: If it failed in another process; it says why. Where it failed here, that is raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        gathered(f"{error}" or type(error).__name__)
+        raise
+    failures = gathered("")
+    if any(failures):
+        index = next(i for i, failure in enumerate(failures) if failure)
+        raise ValueError(f"Process {index} of {len(failures)} cannot train: {failures[index]}")
+
+
+@contextlib.contextmanager
+def ending_together(folder: Path) -> Iterator[None]:
+    """Ends all processes when one fails, with its sentence, wherever the others wait for it.
+
+    All enter it at once. A process that is killed leaves no sentence: JAX ends the others when it misses it.
+
+    Args:
+      folder: Of the run, which all see.
+    """
+    count, mine = jax.process_count(), jax.process_index()
+    if count == 1:
+        yield
+        return
+    notes = [folder / f".process_{i}_of_{count}.failed" for i in range(count)]
+    notes[mine].unlink(missing_ok=True)
+    gathered(None)
+    is_over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(notes, is_over), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        is_over.set()
+        with contextlib.suppress(OSError):
+            notes[mine].write_text(f"{error}" or type(error).__name__, encoding="utf-8")
+        raise
+    finally:
+        is_over.set()
+
+
+def _watch(notes: list[Path], is_over: threading.Event) -> None:
+    while not is_over.wait(_POLL_SECONDS):
+        for index, note in enumerate(notes):
+            with contextlib.suppress(OSError):
+                reason = note.read_text(encoding="utf-8")
+                if reason and not is_over.is_set():
+                    print(f"bpt-rl: process {index} of {len(notes)} has ended: {reason}", file=sys.stderr)
+                    leave(2)
+
+
+def leave(status: int, error: BaseException | None = None) -> None:
+    """Ends this process at once if there are others: JAX would wait for them, and they wait for this one.
+
+    Args:
+      status: With which it ends.
+      error: Whose traceback is shown.
+    """
+    if jax.distributed.is_initialized():
+        if error:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
