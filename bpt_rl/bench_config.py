@@ -36,6 +36,8 @@ class StepBenchConfig:
     """Run the forward pass alone, for its loss; times, rates and memory are then its own."""
     compile_only: bool = False
     """Compile each step and report the memory it asks for, but run none."""
+    profile: bool = False
+    """Run one more step and read from its profile how long GPUs send, and how much of that they hide."""
     floors: bool = True
     """Also time attention and a large matrix product alone, for the share of the step that they would take."""
     out: str = "results/bench_step.json"
@@ -155,7 +157,7 @@ class DecodeBenchConfig:
     """The transformer on the tokens of one step, against a filled key-value cache."""
 
     tokens: tuple[int, ...] = (4096,)
-    """Capacities of the cache, in tokens a row; it is full after the last call."""
+    """Capacities of the cache, in tokens a row; it is full after the last call, but for what devices leave free."""
     num_rows: tuple[int, ...] = (1,)
     """Rows decoded at once: environments."""
     num_kv_heads: tuple[int, ...] = ()
@@ -167,7 +169,7 @@ class DecodeBenchConfig:
     out: str = "results/bench_decode.json"
     """JSON file to write, after each measurement."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """Only its model is used."""
+    """Only its model is used, and its mesh: the devices that share rows and caches."""
 
     def __post_init__(self) -> None:
         _check_counts(tokens=self.tokens, num_rows=self.num_rows, num_calls=self.num_calls)

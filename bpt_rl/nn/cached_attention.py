@@ -21,7 +21,11 @@ class Stripes:
 
     In turn, because each device then has the same number of tokens from the first step on, and a cache that grows is
     padded on each device by itself, where contiguous ranges would have to move. By steps, because all tokens of a
-    decoding step are then one device's: it writes them in place, in one piece, and the others nothing.
+    decoding step are then one device's, which writes them in one piece.
+
+    The other devices write them too, each where its own next step will go: nothing sees that place before. So every
+    device does the same to its part, in place, where leaving a part as it is would have to be chosen after the write,
+    and a choice between two caches makes a copy. A cache needs one turn of steps more for it than it holds.
     """
 
     name: str
@@ -37,10 +41,10 @@ class Stripes:
         slots: Array = (turn * self.num_devices + jax.lax.axis_index(self.name)) * self.step_tokens + token
         return slots
 
-    def places(self, slots: Int[Array, "B"], num_local: int) -> Int[Array, "B"]:
-        """Returns where on this device the steps go that begin at these slots; `num_local` where they do not."""
-        turn, device = jnp.divmod(slots // self.step_tokens, self.num_devices)
-        return jnp.where(device == jax.lax.axis_index(self.name), turn * self.step_tokens, num_local)
+    def places(self, slots: Int[Array, "B"]) -> Int[Array, "B"]:
+        """Returns where this device writes the steps that begin at these slots."""
+        num_before = slots // self.step_tokens + self.num_devices - 1 - jax.lax.axis_index(self.name)
+        return num_before // self.num_devices * self.step_tokens
 
     def dealt(
         self, new: Float[Array, "B S_local H_kv K"], placement: Placement, num_dummy: int
@@ -90,26 +94,10 @@ def write_step(
       slots: Where each row's first token goes, a multiple of S where devices share the cache.
       stripes: How devices share it.
     """
-    places = slots if stripes is None else stripes.places(slots, cached.shape[2])
-    window = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(1,)
-    )
-
-    # What begins behind the last place is another device's. To read what lies there and write it back would be the
-    # same, but a program that reads and writes a cache at once may copy it whole.
-    def write(cached: Array, new: Array, place: Array) -> Array:
-        written: Array = jax.lax.scatter(
-            cached,
-            place[None],
-            new,
-            window,
-            indices_are_sorted=True,
-            unique_indices=True,
-            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
-        )
-        return written
-
-    return jax.vmap(write)(cached, new.swapaxes(1, 2).astype(cached.dtype), places)
+    places = slots if stripes is None else stripes.places(slots)
+    write = jax.vmap(lambda cached, new, place: jax.lax.dynamic_update_slice(cached, new, (0, place, 0)))
+    written: Array = write(cached, new.swapaxes(1, 2).astype(cached.dtype), places)
+    return written
 
 
 def cached_attention(
@@ -146,12 +134,15 @@ def cached_attention(
     exponentials = jnp.exp(masked - peak)
     total = exponentials.sum(axis=-1, keepdims=True)
     weights = exponentials / jnp.where(total > 0, total, 1)
+    # What is still to be merged is not rounded.
+    kind = jnp.float32 if stripes else None
     attended = jnp.einsum(
-        "bngsc,bnck->bngsk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "bngsc,bnck->bsngk", weights.astype(value.dtype), value, preferred_element_type=kind
     )
     if stripes:
-        attended = _merged(attended, peak + jnp.log(total), stripes)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(B, S, H, K).astype(query.dtype)
+        log_sum_exp = (peak + jnp.log(total)).transpose(0, 3, 1, 2, 4)
+        attended = _merged(attended, log_sum_exp, stripes)
+    return attended.reshape(B, S, H, K).astype(query.dtype)
 
 
 def _merged(attended: Array, log_sum_exp: Array, stripes: Stripes) -> Array:

@@ -175,11 +175,12 @@ class CachedPolicy:
 
     def _capacity(self, num_steps: int, most: int) -> int:
         """Returns the steps of the smallest cache that holds so many, equally many on each device."""
-        capacity: int = self._first_steps
-        while capacity < num_steps:
+        num_devices, capacity = self._place.mesh.context, int(self._first_steps)
+        # Devices that share a cache need a turn of their own behind the last step: see `Stripes`.
+        spare = num_devices - 1
+        while capacity < num_steps + spare:
             capacity *= 2
-        num_devices = self._place.mesh.context
-        return -(-min(capacity, most) // num_devices) * num_devices
+        return -(-min(capacity, most + spare) // num_devices) * num_devices
 
     def _with_room(self, cache: KeyValueCache, num_steps: int, most: int) -> KeyValueCache:
         num_more = self._capacity(num_steps, most) * self._tokens_per_step - cache.keys[0].shape[2]

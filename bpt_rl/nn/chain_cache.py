@@ -31,6 +31,8 @@ from bpt_rl.types import LAYOUTS, PackedBatch
 
 ROWS_SPEC, CACHE_SPEC = PartitionSpec(DATA), PartitionSpec(DATA, None, CONTEXT)
 """Of arrays [B, ...], and of a layer's keys or values."""
+CACHE_SPECS = KeyValueCache(CACHE_SPEC, CACHE_SPEC, ROWS_SPEC)  # type: ignore[arg-type]
+"""Of a cache."""
 _WHOLE = PartitionSpec()
 
 
@@ -39,13 +41,18 @@ class CacheDevices:
     """The devices that share the caches of a model.
 
     Raises:
-      ValueError: If they were to split parameters.
+      ValueError: If they were to split parameters, or are not one process's.
     """
 
     model: ModelConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        if self.mesh.coordinator:
+            raise ValueError(
+                "Chains are played by one process, with as many of its devices as it is told; got mesh.coordinator "
+                f"{self.mesh.coordinator!r}. Leave it out."
+            )
         if self.mesh.fsdp > 1:
             raise ValueError(
                 "Devices that act have all parameters, which are small beside caches, so mesh.fsdp must be 1; got "
@@ -127,9 +134,6 @@ class CacheDevices:
         )
 
 
-_CACHE_SPECS = KeyValueCache(CACHE_SPEC, CACHE_SPEC, ROWS_SPEC)  # type: ignore[arg-type]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
     graph: HashedGraph,
@@ -155,7 +159,7 @@ def decode(
     def local(params: Any, cache: KeyValueCache, length: jax.Array, inputs: Step) -> Any:
         return graph.merge(params).decode(inputs, cache._replace(length=length), place.stripes)
 
-    in_specs, out_specs = (_WHOLE, _CACHE_SPECS, ROWS_SPEC, ROWS_SPEC), (ROWS_SPEC, _CACHE_SPECS)
+    in_specs, out_specs = (_WHOLE, CACHE_SPECS, ROWS_SPEC, ROWS_SPEC), (ROWS_SPEC, CACHE_SPECS)
     action, cache = place.over(local, in_specs, out_specs)(params, cache, length, inputs)
     return cache, action.chosen(key)
 
@@ -189,9 +193,9 @@ def prefill(
     def local(params: Any, cache: Any, batch: PackedBatch, previous: Outcomes | None, *rest: Any) -> Any:
         return graph.merge(params).prefill(batch, cache, *rest, previous=previous, shares=shares)
 
-    in_specs = (_WHOLE, _CACHE_SPECS, BATCH_SPEC, BATCH_SPEC, ROWS_SPEC, ROWS_SPEC)
+    in_specs = (_WHOLE, CACHE_SPECS, BATCH_SPEC, BATCH_SPEC, ROWS_SPEC, ROWS_SPEC)
     steps = _dealt((batch, previous), shares[0]) if shares else (batch, previous)
-    filled: KeyValueCache = place.over(local, in_specs, _CACHE_SPECS)(params, cache, *steps, rows, num_steps)
+    filled: KeyValueCache = place.over(local, in_specs, CACHE_SPECS)(params, cache, *steps, rows, num_steps)
     return filled
 
 

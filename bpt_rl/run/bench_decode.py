@@ -2,6 +2,8 @@
 
 That is the last step of a chain. The steps before it read less: a played chain's cache doubles as it fills
 (`bpt_rl.nn.cached_policy`), so that 32 episodes read two thirds of what a cache of their whole length would.
+
+Of devices that share the cache (`train.mesh`), all bytes are those of one device, and so is the bandwidth of copying.
 """
 
 import dataclasses
@@ -12,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from bpt_rl.bench_config import DecodeBenchConfig
 from bpt_rl.config import ModelConfig
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.chain_cache import CACHE_SPEC, CACHE_SPECS, ROWS_SPEC, CacheDevices
 from bpt_rl.nn.transformer import KeyValueCache, Transformer
 from bpt_rl.run.bench_measurement import (
     FAILURES,
@@ -38,8 +43,10 @@ class DecodeRow:
     num_kv_heads: int
     copy_bytes_per_second: float
     """Read and written together, by copying in the same run."""
+    mesh: str = ""
+    """Devices that share the cache; empty for one."""
     cache_bytes: int | None = None
-    """Keys and values of all layers: every step must read them."""
+    """Keys and values of all layers on a device: every step must read them."""
     parameter_bytes: int | None = None
     """Of the transformer, as they are kept (float32): every step must read them too."""
     temporary_bytes: int | None = None
@@ -58,6 +65,7 @@ class DecodeRow:
 DECODE_COLUMNS = (
     Column(heading="tokens", field="tokens"),
     Column(heading="rows", field="num_rows"),
+    Column(heading="mesh", field="mesh"),
     Column(heading="kv heads", field="num_kv_heads"),
     Column(heading="step ms", field="step_seconds", divisor=1e-3, digits=3),
     Column(heading="cache MiB", field="cache_bytes", divisor=2**20, digits=1),
@@ -74,14 +82,24 @@ def decode_variants(config: DecodeBenchConfig) -> list[tuple[int, int, ModelConf
     """Returns what is to be measured, in order: capacity, rows and model.
 
     Raises:
-      ValueError: If a cache cannot hold the tokens of all calls, or heads do not fit the model.
+      ValueError: If a cache cannot hold the tokens of all calls, heads do not fit the model, or devices cannot share
+        rows or tokens equally.
     """
-    model = config.train.model
-    needed = (1 + config.num_calls) * LAYOUTS[model.layout]
+    model, mesh = config.train.model, config.train.mesh
+    needed = (config.num_calls + mesh.context) * LAYOUTS[model.layout]
     if min(config.tokens) < needed:
         raise ValueError(
             f"A cache must hold the tokens of every call; got {min(config.tokens)} tokens, and {config.num_calls} "
             f"calls after a first one write {needed}. Use longer caches or a smaller num_calls."
+        )
+    devices, multiple = CacheDevices(model=model, mesh=mesh), mesh.context * LAYOUTS[model.layout]
+    for num_rows in config.num_rows:
+        devices.check_rows(num_rows)
+    if devices.stripes and any(tokens % multiple for tokens in config.tokens):
+        raise ValueError(
+            "Devices of mesh.context each hold equally many steps of a cache; got "
+            f"{config.tokens} tokens for {mesh.context} devices and {LAYOUTS[model.layout]} tokens a step. Use "
+            f"multiples of {multiple}."
         )
     heads = config.num_kv_heads or (model.num_kv_heads or model.num_heads,)
     grid = itertools.product(config.tokens, config.num_rows, heads)
@@ -98,24 +116,37 @@ def measure_decoding(config: DecodeBenchConfig) -> Iterator[DecodeRow]:
             num_rows=num_rows,
             num_kv_heads=model.num_kv_heads,
             copy_bytes_per_second=bandwidth,
+            mesh=_words(config.train.mesh),
         )
         try:
-            yield _measure(row, model, config.num_calls)
+            devices = CacheDevices(model=model, mesh=config.train.mesh)
+            yield _measure(row, devices, config.num_calls)
         except FAILURES as error:
             yield dataclasses.replace(row, failure=failure_of(error))
 
 
-def _measure(row: DecodeRow, model: ModelConfig, num_calls: int) -> DecodeRow:
+def _words(mesh: MeshConfig) -> str:
+    return f"data {mesh.data}, context {mesh.context}" if mesh.num_devices > 1 else ""
+
+
+def _measure(row: DecodeRow, devices: CacheDevices, num_calls: int) -> DecodeRow:
+    model = devices.model
     transformer = Transformer(model, nnx.Rngs(0))
     graph, params = nnx.split(transformer)
     new_tokens = LAYOUTS[model.layout]
-    cache = _nearly_full(transformer, row, (1 + num_calls) * new_tokens)
+    # Devices that share a cache leave a turn of steps free: see `bpt_rl.nn.cached_attention.Stripes`.
+    num_free = num_calls + devices.mesh.context
+    cache = _nearly_full(transformer, row, num_free * new_tokens, devices)
+    x = jax.random.normal(jax.random.key(1), (row.num_rows, new_tokens, model.embed_dim))
+    if devices.devices:
+        params = jax.device_put(params, devices.sharding(PartitionSpec()))
+        x = jax.device_put(x, devices.sharding(ROWS_SPEC))
     cache_bytes, parameter_bytes = _bytes((cache.keys, cache.values)), _bytes(params)
 
-    def decode(params: Any, x: Float[jax.Array, "B S D"], cache: KeyValueCache) -> tuple[Any, KeyValueCache]:
-        return nnx.merge(graph, params).decode(x, cache)
+    def local(params: Any, x: Float[jax.Array, "B S D"], cache: KeyValueCache) -> tuple[Any, KeyValueCache]:
+        return nnx.merge(graph, params).decode(x, cache, stripes=devices.stripes)
 
-    x = jax.random.normal(jax.random.key(1), (row.num_rows, new_tokens, model.embed_dim))
+    decode = devices.over(local, (PartitionSpec(), ROWS_SPEC, CACHE_SPECS), (ROWS_SPEC, CACHE_SPECS))
     compiled = jax.jit(decode, donate_argnums=2).lower(params, x, cache).compile()
 
     def step() -> Any:
@@ -138,15 +169,21 @@ def _measure(row: DecodeRow, model: ModelConfig, num_calls: int) -> DecodeRow:
     )
 
 
-def _nearly_full(transformer: Transformer, row: DecodeRow, num_free: int) -> KeyValueCache:
+def _nearly_full(
+    transformer: Transformer, row: DecodeRow, num_free: int, devices: CacheDevices
+) -> KeyValueCache:
     """Returns a cache of random keys and values, with room for `num_free` more tokens."""
     empty = jax.eval_shape(lambda: transformer.init_cache(row.num_rows, row.tokens))
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(empty.keys)))
+    # Each device draws its own part: the whole of a layer may not fit one.
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2), out_shardings=devices.sharding(CACHE_SPEC))
     filled_keys, filled_values = jax.tree.map(
-        lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), (empty.keys, empty.values)
+        lambda leaf: draw(next(keys), leaf.shape, leaf.dtype), (empty.keys, empty.values)
     )
-    return KeyValueCache(filled_keys, filled_values, jnp.full(row.num_rows, row.tokens - num_free, jnp.int32))
+    length = jnp.full(row.num_rows, row.tokens - num_free, jnp.int32, device=devices.sharding(ROWS_SPEC))
+    return KeyValueCache(filled_keys, filled_values, length)
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Returns the bytes of arrays on one of the devices that share them."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

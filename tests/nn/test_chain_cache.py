@@ -170,9 +170,9 @@ def test_shared_chains_act_and_remember_as_on_one_device(played, layout, name, m
     assert all(rows.size for rows in one)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other, one)
     array = shared_carry.cache.keys[0]
-    # A device has its share, of a cache no larger than one device's but for steps that do not divide.
+    # A device has its share, of a cache no larger than one device's but for two turns of steps.
     assert {shard.data.nbytes for shard in array.addressable_shards} == {array.nbytes // mesh.num_devices}
-    assert array.shape[2] < carry.cache.keys[0].shape[2] + mesh.context * LAYOUTS[layout]
+    assert array.shape[2] < carry.cache.keys[0].shape[2] + 2 * mesh.context * LAYOUTS[layout]
 
 
 def test_what_is_acted_on_depends_on_what_the_context_began_with(played, make):
@@ -225,7 +225,7 @@ def test_a_step_exchanges_what_queries_found_and_each_device_writes_its_own_part
     )
     assert collectives(step) == {"all-gather": 2}
     # From each device [B, S, H, K + 1] numbers, once a layer.
-    assert len(re.findall(r"= f32\[4,2,4,1,1,5\]\S* all-gather\(", step.as_text())) == 2
+    assert len(re.findall(r"= f32\[4,2,1,4,1,5\]\S* all-gather\(", step.as_text())) == 2
     # Queries, keys, values and what was found of one layer, and both layers' keys and values to whose slots they are:
     # nothing reads what would leave the last layer.
     assert collectives(filled) == {"all-to-all": 4 + 2 * 2}
@@ -249,3 +249,5 @@ def test_devices_that_cannot_share_chains_are_refused(make):
         start(3, MeshConfig(data=2))
     with pytest.raises(ValueError, match="must not have more devices than there are"):
         start(4, MeshConfig(context=16))
+    with pytest.raises(ValueError, match=r"by one process.* got mesh\.coordinator 'host:1'"):
+        start(4, MeshConfig(data=2, coordinator="host:1", num_processes=2))

@@ -257,6 +257,27 @@ def test_bench_decode_reads_the_cache_in_place(tmp_path):
     assert "% of copy" in out
 
 
+def test_devices_that_decode_together_have_a_share_of_the_cache_and_all_parameters(tmp_path):
+    def measured(mesh):
+        line = (
+            f"bench decode {preset(tmp_path)} --tokens 512 --num-rows 2 --num-calls 2 --copy-bytes 100_000 "
+            f"--train.model.embed-dim 32 --train.model.num-heads 4{mesh}"
+        )
+        record, out = record_of(line, tmp_path / "decode.json")
+        [row] = record["rows"]
+        assert row["bytes_per_second"] * row["step_seconds"] == pytest.approx(
+            row["cache_bytes"] + row["parameter_bytes"]
+        )
+        return row, out
+
+    alone, out = measured("")
+    assert (alone["mesh"], "context" in out) == ("", False)
+    row, out = measured(" --train.mesh.data 2 --train.mesh.context 4")
+    assert (row["mesh"], "data 2, context 4" in out) == ("data 2, context 4", True)
+    assert row["cache_bytes"] == alone["cache_bytes"] // 8
+    assert row["parameter_bytes"] == alone["parameter_bytes"]
+
+
 @pytest.mark.parametrize(
     "verb", [verb for verb in BENCH_VERBS if verb not in ("bench plot", "bench rollout")]
 )
@@ -281,6 +302,14 @@ def test_every_example_parses(verb, tmp_path, monkeypatch):
         (
             "bench decode at_paper --tokens 80",
             "hold the tokens of every call; got 80 tokens, and 20 calls after a first one write 84",
+        ),
+        (
+            "bench decode at_paper --train.mesh.data 2",
+            r"a multiple of mesh\.data; got 1 chains and mesh\.data 2",
+        ),
+        (
+            "bench decode at_paper --train.mesh.context 3",
+            "got .4096,. tokens for 3 devices and 4 tokens a step. Use multiples of 12",
         ),
         ("bench decode at_small --num-kv-heads 3", "num_kv_heads must divide num_heads; got 3 and 4"),
     ],
