@@ -14,6 +14,7 @@ from bpt_rl.run.bench_floor import KernelTimes, floor_seconds
 from bpt_rl.run.bench_measurement import compiled_bytes, median_seconds, peak_bytes
 from bpt_rl.run.bench_record import Column
 from bpt_rl.run.bench_subject import Subject, first_loss
+from bpt_rl.run.bench_trace import communication_of
 from bpt_rl.run.step import compile_step, placed_state
 from bpt_rl.types import PackedBatch
 
@@ -28,7 +29,7 @@ class Measured:
 
     compile_seconds: float | None = None
     device_bytes: int | None = None
-    """All that the compiled step asks for on the device: arguments, temporaries and results of its own."""
+    """All that the compiled step asks for on a device: arguments, temporaries and results of its own."""
     argument_bytes: int | None = None
     """Parameters, optimiser state and batch."""
     temporary_bytes: int | None = None
@@ -44,7 +45,7 @@ class Measured:
     matrix_flops_per_second: float | None = None
     """Of a large matrix product of the compute type, in the same run."""
     utilization: float | None = None
-    """Model FLOP/s as a share of those of the matrix product."""
+    """Model FLOP/s as a share of those of the matrix product, on each device."""
     attention_forward_seconds: float | None = None
     """Of one layer's attention alone, forward, in the same run."""
     attention_both_seconds: float | None = None
@@ -53,6 +54,12 @@ class Measured:
     """Attention and matrix products of the step at the speed that each reaches alone, and nothing else."""
     floor_share: float | None = None
     """Floor over step."""
+    communication_seconds: float | None = None
+    """While a device sends or receives in one step, the mean over devices; of a profile, if one was asked for."""
+    hidden_seconds: float | None = None
+    """Of those, while it computes too."""
+    losses: tuple[float, ...] = ()
+    """Of all steps, those before the timed ones first."""
     loss: float | None = None
     """Of the first step: the same for every row of the table that has as many tokens, but for rounding."""
     failure: str = ""
@@ -69,6 +76,8 @@ MEASURED_COLUMNS = (
     Column(heading="model TFLOP/s", field="model_flops_per_second", divisor=1e12, digits=3),
     Column(heading="MFU %", field="utilization", divisor=0.01, digits=1),
     Column(heading="of floor %", field="floor_share", divisor=0.01, digits=1),
+    Column(heading="sending s", field="communication_seconds", digits=3),
+    Column(heading="hidden s", field="hidden_seconds", digits=3),
     Column(heading="loss", field="loss", digits=5),
     Column(heading="failure", field="failure"),
 )
@@ -90,15 +99,16 @@ class Program:
 def compile_program(subject: Subject, batch: PackedBatch, *, forward_only: bool = False) -> Program:
     """Returns what training runs, or its forward pass alone, compiled for such a batch."""
     agent, optimizer, key = subject.agent, subject.train.optimizer, subject.key
-    seed = subject.train.seed
+    seed, mesh = subject.train.seed, subject.mesh
     if not forward_only:
-        step = compile_step(agent, optimizer, batch, key, kernel_dtype=subject.train.model.compute_dtype)
+        dtype = subject.train.model.compute_dtype
+        step = compile_step(agent, optimizer, batch, key, kernel_dtype=dtype, mesh=mesh)
 
         def call(state: Any, batch: PackedBatch) -> tuple[Any, jax.Array]:
             state, metrics = step(state, batch, key)
             return state, metrics["loss"]
 
-        return Program(functools.partial(placed_state, agent, optimizer, seed), call, step.programs)
+        return Program(functools.partial(placed_state, agent, optimizer, seed, mesh), call, step.programs)
 
     def make_params() -> Params:
         return agent.init(jax.random.key(seed))
@@ -110,7 +120,7 @@ def compile_program(subject: Subject, batch: PackedBatch, *, forward_only: bool 
 
 def measure_compiling(row: Row, subject: Subject, *, forward_only: bool = False) -> tuple[Row, Program]:
     """Returns the row with the memory that the compiled step asks for, and that step."""
-    batch = subject.make_batch()
+    batch = subject.placed_batch()
     began = time.perf_counter()
     program = compile_program(subject, batch, forward_only=forward_only)
     seconds = time.perf_counter() - began
@@ -134,9 +144,10 @@ def measure_running(
     num_steps: int,
     num_warmup: int,
     forward_only: bool = False,
+    profile: bool = False,
 ) -> Row:
-    """Returns the row with the time, peak and loss of the compiled step."""
-    batch = jax.device_put(subject.make_batch())
+    """Returns the row with the time, peak and loss of the compiled step; with a profile, what one more step sends."""
+    batch = subject.placed_batch()
     state = program.make_state()
     losses: list[float] = []
 
@@ -151,13 +162,17 @@ def measure_running(
     after = peak_bytes()
     bad = [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     flops = subject.model_flops / (3 if forward_only else 1)
+    sent = communication_of(call) if profile else None
     return dataclasses.replace(
         row,
         peak_bytes=None if after == before else after,
         step_seconds=seconds,
         tokens_per_second=subject.step_tokens / seconds,
         model_flops_per_second=flops / seconds,
+        communication_seconds=sent.seconds if sent else None,
+        hidden_seconds=sent.hidden_seconds if sent else None,
         loss=losses[0] if math.isfinite(losses[0]) else None,
+        losses=tuple(losses),
         failure=f"the loss of step {bad[0]} is {losses[bad[0] - 1]}" if bad else "",
     )
 
@@ -166,14 +181,15 @@ def add_floor(row: Row, subject: Subject, times: KernelTimes, *, forward_only: b
     """Returns the row with what the same kernels alone would take; nothing of the step is on the device by now."""
     if row.step_seconds is None or row.model_flops_per_second is None:
         return row
-    model = subject.train.model
+    model, num_devices = subject.train.model, subject.train.mesh.num_devices
     rate = times.matrix_rate(model.compute_dtype)
     attention = times.attention(model, subject.num_rows, subject.num_tokens)
-    floor = floor_seconds(subject, attention, rate, forward_only=forward_only)
+    # What one device would take, equally shared, and nothing sent.
+    floor = floor_seconds(subject, attention, rate, forward_only=forward_only) / num_devices
     return dataclasses.replace(
         row,
         matrix_flops_per_second=rate,
-        utilization=row.model_flops_per_second / rate,
+        utilization=row.model_flops_per_second / (num_devices * rate),
         attention_forward_seconds=attention.forward,
         attention_both_seconds=attention.both,
         floor_seconds=floor,

@@ -34,6 +34,8 @@ class StepRow(Measured):
     activations: str
     """What layers kept; where `auto` was asked for, what training would choose."""
     num_rows: int
+    mesh: str = ""
+    """Devices that share the step; empty for one."""
 
 
 STEP_COLUMNS = (
@@ -41,6 +43,7 @@ STEP_COLUMNS = (
     Column(heading="attention", field="implementation"),
     Column(heading="activations", field="activations"),
     Column(heading="rows", field="num_rows"),
+    Column(heading="mesh", field="mesh"),
     *MEASURED_COLUMNS,
 )
 
@@ -49,12 +52,18 @@ def step_variants(config: StepBenchConfig) -> list[tuple[int, TrainConfig]]:
     """Returns what is to be measured, in order: a length and the training configuration.
 
     Raises:
-      ValueError: If the task is unknown or a length is no multiple of the layout's tokens a step.
+      ValueError: If the task is unknown, or a length is no multiple of the layout's tokens a step or of what devices
+        share.
     """
     train, model = config.train, config.train.model
     domain_of(train.data.task)
     for num_tokens in config.tokens:
-        steps_of(num_tokens, model.layout)
+        if steps_of(num_tokens, model.layout) % train.mesh.context:
+            raise ValueError(
+                "Devices of mesh.context must have equally many steps of a row; got "
+                f"{num_tokens} tokens, {steps_of(num_tokens, model.layout)} steps, for {train.mesh.context}. Use a "
+                "multiple."
+            )
     grid = itertools.product(
         config.tokens,
         config.implementations or (model.implementation,),
@@ -78,6 +87,7 @@ def measure_steps(config: StepBenchConfig) -> Iterator[StepRow]:
             implementation=train.model.implementation,
             activations=train.model.activations,
             num_rows=config.num_rows,
+            mesh=str(train.mesh) if train.mesh.num_devices > 1 else "",
         )
         yield _measure(row, config, train, times)
 
@@ -101,6 +111,7 @@ def _measure(row: StepRow, config: StepBenchConfig, train: TrainConfig, times: K
                 num_steps=config.num_steps,
                 num_warmup=config.num_warmup_steps,
                 forward_only=config.forward_only,
+                profile=config.profile,
             )
             if config.floors:
                 row = add_floor(row, subject, times, forward_only=config.forward_only)

@@ -1,17 +1,20 @@
 """What a benchmark of steps measures: an agent, or a language model on the same backbone, on synthetic data."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, Domain, domain_of
+from bpt_rl.nn.device_mesh import BATCH_SPEC, make_mesh
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.language_agent import LanguageAgent, text_batch
 from bpt_rl.run.plan import Rows
@@ -35,10 +38,22 @@ class Subject:
     vocabulary_size: int = 0
     """Of a language model; 0 for an agent."""
 
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """Devices that share the step; None for one."""
+        return make_mesh(self.train.mesh) if self.train.mesh.num_devices > 1 else None
+
     @property
     def key(self) -> jax.Array:
-        """Draws dropout."""
-        return jax.random.key(self.train.seed)
+        """Draws dropout; on every device."""
+        key = jax.random.key(self.train.seed)
+        return jax.device_put(key, NamedSharding(self.mesh, PartitionSpec())) if self.mesh else key
+
+    def placed_batch(self) -> PackedBatch:
+        """Returns a batch on the device, or each device's part of it."""
+        placing = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC)) if self.mesh else None
+        placed: PackedBatch = jax.device_put(self.make_batch(), placing)
+        return placed
 
     @property
     def step_tokens(self) -> int:
