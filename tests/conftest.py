@@ -73,6 +73,16 @@ class CommandLine:
         return sentences[0].removeprefix("bpt-rl: ")
 
 
+def pytest_runtest_setup(item):
+    import jax
+
+    for marker in item.iter_markers("devices"):
+        if jax.device_count() < marker.args[0]:
+            pytest.skip(
+                f"needs {marker.args[0]} devices, and there are {jax.device_count()}; on a CPU they are virtual"
+            )
+
+
 @pytest.fixture(scope="session")
 def cli():
     return CommandLine()

@@ -23,6 +23,8 @@ from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
 from bpt_rl.types import LAYOUTS, PackedBatch, Trajectory
 
+pytestmark = pytest.mark.devices(8)
+
 EPISODE_STEPS = 5
 NORMALIZER = Normalizer(
     observation_mean=np.array([0.3, -0.2, 0.1], np.float32),

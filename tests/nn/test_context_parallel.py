@@ -15,6 +15,8 @@ from bpt_rl.nn.context_parallel import ContextAxis, choose_method, context_atten
 from bpt_rl.nn.ring_attention import Ring, ring_attention
 from bpt_rl.nn.zigzag import chunk_order, local_positions, placed, unplaced
 
+pytestmark = pytest.mark.devices(8)
+
 CHUNKS = {"query_chunk_size": 7, "key_chunk_size": 5}
 
 

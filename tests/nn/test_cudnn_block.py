@@ -76,7 +76,7 @@ def test_cudnn_finds_in_a_block_what_blockwise_finds(num_queries, num_keys, is_c
 
 
 @needs_gpu
-@pytest.mark.skipif(jax.device_count() < 2, reason="a ring needs two devices")
+@pytest.mark.devices(2)
 def test_a_ring_of_cudnn_finds_what_a_ring_of_blockwise_finds():
     query, key, value, cotangent = drawn(256, 256)
     axis = ContextAxis(name="context", num_devices=2, method="ring")

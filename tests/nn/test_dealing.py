@@ -12,6 +12,8 @@ from bpt_rl.nn.device_mesh import make_mesh, placed_batch, row_share
 from bpt_rl.nn.zigzag import placed
 from bpt_rl.types import PackedBatch
 
+pytestmark = pytest.mark.devices(8)
+
 STEPS = PartitionSpec(None, "context")
 
 

@@ -15,6 +15,8 @@ from bpt_rl.nn.loss_over_devices import loss_over_devices
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
 from bpt_rl.types import PackedBatch
 
+pytestmark = pytest.mark.devices(8)
+
 B, T = 8, 13
 
 

@@ -9,6 +9,8 @@ from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.bench_step import measure_steps, step_variants
 
+pytestmark = pytest.mark.devices(4)
+
 MODEL = ModelConfig(
     embed_dim=16, num_layers=2, num_heads=2, layout="fused", dropout=0.0, implementation="blockwise"
 )
