@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ HEARTBEAT_SECONDS = 60
 MEETING_SECONDS = 300
 """Until all must have come."""
 _POLL_SECONDS = 0.5
+_SIGNS = ("Gloo", "NCCL", "coordination service")
+"""What errors hold that come of a process that is gone."""
 
 
 def join(mesh: MeshConfig) -> None:
@@ -113,12 +116,14 @@ def ending_together(folder: Path) -> Iterator[None]:
     notes[mine].unlink(missing_ok=True)
     gathered(None)
     is_over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(notes, is_over), daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=(notes, is_over), daemon=True).start()
     try:
         yield
     except BaseException as error:
         is_over.set()
+        lost = _lost(notes, error)
+        if lost:
+            raise OSError(lost) from error
         with contextlib.suppress(OSError):
             notes[mine].write_text(f"{error}" or type(error).__name__, encoding="utf-8")
         raise
@@ -128,12 +133,33 @@ def ending_together(folder: Path) -> Iterator[None]:
 
 def _watch(notes: list[Path], is_over: threading.Event) -> None:
     while not is_over.wait(_POLL_SECONDS):
-        for index, note in enumerate(notes):
-            with contextlib.suppress(OSError):
-                reason = note.read_text(encoding="utf-8")
-                if reason and not is_over.is_set():
-                    print(f"bpt-rl: process {index} of {len(notes)} has ended: {reason}", file=sys.stderr)
-                    leave(2)
+        failure = _failure(notes)
+        if failure and not is_over.is_set():
+            print(f"bpt-rl: {failure}", file=sys.stderr)
+            leave(2)
+
+
+def _failure(notes: list[Path]) -> str:
+    """Returns which process has ended and why; nothing if none has said so."""
+    for index, note in enumerate(notes):
+        with contextlib.suppress(OSError):
+            reason = note.read_text(encoding="utf-8")
+            if reason:
+                return f"process {index} of {len(notes)} has ended: {reason}"
+    return ""
+
+
+def _lost(notes: list[Path], error: BaseException) -> str:
+    """Returns a sentence on the process that this one lost, if that is the error."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _SIGNS):
+        return ""
+    # Its connections may close before its reason is to be read.
+    for _ in range(4):
+        if failure := _failure(notes):
+            return failure
+        time.sleep(_POLL_SECONDS)
+    reason = str(error).strip().splitlines()[0]
+    return f"another process has ended without a word ({reason}). The same commands go on from the last checkpoint."
 
 
 def leave(status: int, error: BaseException | None = None) -> None:
