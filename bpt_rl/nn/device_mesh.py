@@ -14,7 +14,7 @@ is sent most often stays inside a host.
 import dataclasses
 import functools
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """Returns the mesh of the first devices of each process, equally many of all.
 
     Raises:
-      ValueError: If there are too few, or processes cannot share them.
+      ValueError: If there are too few, or processes cannot share them, or have not met.
     """
+    if config.coordinator:
+        raise ValueError(
+            f"Several processes train one run, with `bpt-rl train`, and do nothing else together; got {config}. Leave "
+            "mesh.coordinator, mesh.num_processes and mesh.process_id out."
+        )
     num_processes = jax.process_count()
     check_shares(config.num_devices, num_processes)
     each = config.num_devices // num_processes
@@ -89,7 +94,8 @@ def check_rows(num_rows: int, config: MeshConfig) -> None:
         )
 
 
-class RowShare(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowShare:
     """Which of equal shares of a batch's rows a process makes; several may make the same."""
 
     index: int
@@ -103,7 +109,7 @@ def row_share(mesh: Mesh | None) -> RowShare:
       ValueError: If another process has some of them, but not all.
     """
     if mesh is None:
-        return RowShare(0, 1)
+        return RowShare(index=0, num_shares=1)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.shape[CONTEXT])
     mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
     if len(owners) % len(mine) or mine[0] % len(mine):
@@ -112,7 +118,7 @@ def row_share(mesh: Mesh | None) -> RowShare:
             "Either mesh.context or the devices of a process must be a multiple of the other; got "
             f"{mesh.shape[CONTEXT]} and {each}. Change mesh.*, or how many processes there are."
         )
-    return RowShare(int(mine[0]) // len(mine), len(owners) // len(mine))
+    return RowShare(index=int(mine[0]) // len(mine), num_shares=len(owners) // len(mine))
 
 
 def placed_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
@@ -130,11 +136,12 @@ def placed_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
         first = share.index * num_rows
         shape = (share.num_shares * num_rows, num_steps + _num_padded(num_steps, mesh), *leaf.shape[2:])
 
-        def part(index: tuple[slice, ...]) -> Any:
-            begin, end, _ = index[0].indices(shape[0])
-            # Slices end with the steps that there are.
-            found = leaf[begin - first : end - first, index[1]]
-            start, stop, _ = index[1].indices(shape[1])
+        def part(index: Any) -> Any:
+            (begin, end, _), (start, stop, _) = (
+                of.indices(size) for of, size in zip(index[:2], shape, strict=False)
+            )
+            # A slice ends with the steps that there are.
+            found = leaf[begin - first : end - first, start:stop]
             return _padded(found, stop - start - found.shape[1])
 
         return jax.make_array_from_callback(shape, sharding, part)

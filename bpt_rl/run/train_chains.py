@@ -139,7 +139,8 @@ def _check_settings(config: TrainConfig, num_seeds: int) -> None:
 
 def _mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
     """Returns the devices that share a run's steps; None for one, whose programs know of no mesh."""
-    return make_mesh(config.mesh) if config.mesh.num_devices > 1 else None
+    mesh = config.mesh
+    return make_mesh(mesh) if mesh.num_devices > 1 or mesh.coordinator else None
 
 
 def _sampler_of(config: TrainConfig, store: Store, mesh: jax.sharding.Mesh | None) -> ChainSampler:

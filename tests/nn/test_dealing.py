@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.context_parallel import ContextAxis
 from bpt_rl.nn.dealing import dealt, with_step_before
-from bpt_rl.nn.device_mesh import make_mesh, placed_batch, row_share
+from bpt_rl.nn.device_mesh import RowShare, make_mesh, placed_batch, row_share
 from bpt_rl.nn.zigzag import placed
 from bpt_rl.types import PackedBatch
 
@@ -61,7 +61,7 @@ def test_devices_deal_out_steps_as_they_would_be_placed(num_devices):
 
 def test_each_device_is_given_its_rows_and_steps_and_nothing_else():
     batch, mesh = drawn(4, 13), make_mesh(MeshConfig(data=2, fsdp=2, context=2))
-    assert row_share(mesh) == (0, 1)
+    assert row_share(mesh) == RowShare(index=0, num_shares=1)
     for leaf, whole in zip(placed_batch(batch, mesh), batch, strict=True):
         padded = np.pad(whole, [(0, 0), (0, 3), *((0, 0) for _ in whole.shape[2:])])
         for shard in leaf.addressable_shards:
