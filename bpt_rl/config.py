@@ -320,6 +320,9 @@ class EvaluateConfig:
     """Also roll out the control: the same checkpoint, its context cleared before each episode."""
     random: bool = True
     """Also roll out uniform-random actions."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, repr=False)
+    """Devices that share the chains (data) and each chain's cache (context); all have all parameters, so that fsdp is
+    1. Numbers change by rounding alone, and a record is named without it."""
 
     def __post_init__(self) -> None:
         positive(self, "num_chains", "target_multiple", "sweep_episodes", "max_environments")

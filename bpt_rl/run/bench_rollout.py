@@ -143,6 +143,7 @@ class _Subject:
             num_episodes=num_episodes,
             clear_context=False,
             completion=self.config.train.data.completion,
+            mesh=self.config.train.mesh,
         )
 
 

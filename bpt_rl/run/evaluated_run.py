@@ -17,6 +17,9 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.chains import Chain
 from bpt_rl.datasets.store import Store
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.chain_cache import CacheDevices
+from bpt_rl.nn.device_mesh import make_mesh
 from bpt_rl.run import conditioning, records
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.episode_log import LogPlan
@@ -29,14 +32,23 @@ from bpt_rl.td_config import TD_AGENTS
 from bpt_rl.types import DataStatistics
 
 
-def load_params(folder: records.RunFolder) -> tuple[Agent, Params, int]:
+def load_params(folder: records.RunFolder, mesh: MeshConfig | None = None) -> tuple[Agent, Params, int]:
     """Returns the agent of a run, its newest parameters and their gradient step.
+
+    Args:
+      folder: Of the run.
+      mesh: Devices that the agent is to act with, whatever it was trained with; one if None.
 
     Raises:
       FileNotFoundError: If the folder is no run folder or holds no complete checkpoint.
       ValueError: If the checkpoint belongs to another architecture than the folder's configuration.
     """
     config = folder.config()
+    config = dataclasses.replace(
+        config,
+        mesh=mesh or MeshConfig(),
+        optimizer=dataclasses.replace(config.optimizer, place="device"),
+    )
     agent = make_agent(config, folder.statistics())
     optimizer = make_optimizer(config.optimizer)
     template = jax.eval_shape(lambda: init_state(agent, optimizer, config.seed))
@@ -74,8 +86,12 @@ class EvaluatedRun:
         """
         trained, statistics = folder.config(), folder.statistics()
         check_simulated(statistics.source)
-        load = restore_learner if trained.agent in TD_AGENTS else load_params
-        agent, params, step = load(folder)
+        _check_devices(trained, config)
+        agent: Agent | OfflineLearner
+        if trained.agent in TD_AGENTS:
+            agent, params, step = restore_learner(folder)
+        else:
+            agent, params, step = load_params(folder, config.mesh)
         is_expected = trained.data.relabel == "expected_return"
         subject = cls(
             config=config,
@@ -205,8 +221,9 @@ class EvaluatedRun:
             num_episodes=num_episodes,
         )
         # What draws its actions draws for all chains at once; and an accelerator takes as long for half the chains
-        # as for all, so that two halves in turns are slower there.
-        is_whole = is_random or self.sample_seed is not None or jax.default_backend() != "cpu"
+        # as for all, so that two halves in turns are slower there; devices that share chains share all of them.
+        is_shared = jax.default_backend() != "cpu" or self.config.mesh.num_devices > 1
+        is_whole = is_random or self.sample_seed is not None or is_shared
         return LogPlan(
             task=self.statistics.task,
             num_episodes=num_episodes,
@@ -240,6 +257,7 @@ class EvaluatedRun:
         return {
             "parameters": weights.hexdigest(),
             "evaluate": repr(dataclasses.replace(self.config, num_workers=0)),
+            "mesh": repr(self.config.mesh),
             "train": repr(self.trained),
             "num_episodes": self.num_episodes,
             "data": [statistics.task, statistics.action_repeat, statistics.digest, statistics.subset_digest],
@@ -247,3 +265,18 @@ class EvaluatedRun:
             "device": jax.devices()[0].device_kind,
             "schema": SCHEMA,
         }
+
+
+def _check_devices(trained: TrainConfig, config: EvaluateConfig) -> None:
+    """Refuses devices that cannot share the chains of a run's agent, or are not there."""
+    if config.mesh.num_devices == 1:
+        return
+    has_cache = trained.agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS) and not trained.data.window
+    if not has_cache:
+        what = f"agent {trained.agent!r} and data.window {trained.data.window}"
+        raise ValueError(
+            "Devices share the caches of agents with a transformer that see whole episodes; got "
+            f"{what} for {config.mesh}. Leave mesh.* out."
+        )
+    CacheDevices(model=trained.model, mesh=config.mesh).check_rows(config.num_chains)
+    make_mesh(config.mesh)

@@ -176,10 +176,10 @@ def _equalise(config: GridConfig, settings: dict[str, Any]) -> None:
 def _is_read(agent: str, name: str) -> bool:
     """Returns whether a setting means something to an agent; `train` and `evaluate` refuse others, or ignore them."""
     room, _, rest = name.partition(".")
+    group = rest.partition(".")[0]
+    if group == "mesh":
+        return agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS)
     if room == "train":
-        group = rest.partition(".")[0]
-        if group == "mesh":
-            return agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS)
         if agent in TD_AGENTS:
             return group not in ("data", "model", "optimizer") or rest in READ_FIELDS
         return group != "td"

@@ -66,8 +66,9 @@ class Job:
 
     @property
     def num_devices(self) -> int:
-        """Devices that its trainings take, one after another."""
-        meshes = (training["config"]["mesh"] for training in self.trainings)
+        """Devices that its trainings and evaluations take, one after another."""
+        asked = (evaluation for training in self.trainings for evaluation in training["evaluations"])
+        meshes = (work["config"]["mesh"] for work in [*self.trainings, *asked])
         return max(config_toml.from_mapping(MeshConfig, mesh).num_devices for mesh in meshes)
 
     def with_simulators(self, number: int) -> "Job":

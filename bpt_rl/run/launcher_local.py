@@ -68,8 +68,8 @@ def slots(workers: int, workers_per_device: int, *, job_memory: int, job_devices
     if gpus := accelerators():
         if job_devices > len(gpus):
             raise ValueError(
-                f"A training shared among devices must find them; got {job_devices} by train.mesh and {len(gpus)} on "
-                "this machine. Lower train.mesh.*."
+                f"Work shared among devices must find them; got {job_devices} by train.mesh or evaluate.mesh and "
+                f"{len(gpus)} on this machine. Lower train.mesh.* and evaluate.mesh.*."
             )
         groups = [
             ",".join(gpus[i : i + job_devices]) for i in range(0, len(gpus) - job_devices + 1, job_devices)

@@ -247,7 +247,7 @@ def test_processes_share_devices_or_cores(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     shared = slots(0, 1, job_memory=1, job_devices=2)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0,1", "2,3"]
-    with pytest.raises(ValueError, match=r"got 8 by train\.mesh and 5 on this machine"):
+    with pytest.raises(ValueError, match=r"got 8 by train\.mesh or evaluate\.mesh and 5 on"):
         slots(0, 1, job_memory=1, job_devices=8)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))

@@ -96,12 +96,13 @@ def test_agents_of_transitions_and_of_trajectories_take_of_one_grid_what_they_re
         "evaluate.target_multiple": (1.0, 0.5),
         SEED: (0, 1),
     }
-    cells = expand(grid_of(axes, train=train, evaluate=EvaluateConfig(target_sweep=(0.5,))))
+    evaluate = EvaluateConfig(target_sweep=(0.5,), mesh=MeshConfig(context=4))
+    cells = expand(grid_of(axes, train=train, evaluate=evaluate))
     at, td3 = ([c for c in cells if c.train.agent == agent] for agent in ("at", "td3"))
     assert (len(at), len(td3)) == (8, 2)
     assert [cell.values for cell in td3] == [{"preset": "td3", SEED: 0}, {"preset": "td3", SEED: 1}]
     assert {cell.train.model.embed_dim for cell in at} == {64}
-    assert {Job.of("out", [[cell]]).num_devices for cell in at} == {2}
+    assert {Job.of("out", [[cell]]).num_devices for cell in at} == {4}
     assert {Job.of("out", [[cell]]).num_devices for cell in td3} == {1}
     assert {cell.train.optimizer for cell in td3} == {OptimizerConfig()}
     assert {cell.train.td.num_updates for cell in td3} == {500_000}
@@ -122,7 +123,9 @@ def test_an_address_is_of_the_content_alone(grid_of, store_path, tmp_path):
         data=data,
         mesh=MeshConfig(context=2),
     )
-    again = grid_of(train=elsewhere, out="elsewhere", evaluate=EvaluateConfig(num_workers=3))
+    again = grid_of(
+        train=elsewhere, out="elsewhere", evaluate=EvaluateConfig(num_workers=3, mesh=MeshConfig(data=2))
+    )
     assert [c.address for c in expand(again)] == [cell.address]
     others = [
         {"axes": {SEED: (1,)}},
