@@ -61,8 +61,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     if config.coordinator:
         raise ValueError(
-            f"Several processes train one run, with `bpt-rl train`, and do nothing else together; got {config}. Leave "
-            "mesh.coordinator, mesh.num_processes and mesh.process_id out."
+            "Several processes train one run, with `bpt-rl train`, and do nothing else together; got mesh.coordinator "
+            f"{config.coordinator!r}. Leave it out, and mesh.num_processes and mesh.process_id."
         )
     num_processes = jax.process_count()
     check_shares(config.num_devices, num_processes)

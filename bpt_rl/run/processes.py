@@ -1,8 +1,10 @@
 """Processes that train one run together: how they meet, what they agree on, and how they end."""
 
 import contextlib
+import errno
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -29,10 +31,11 @@ _SIGNS = ("Gloo", "NCCL", "coordination service")
 def join(mesh: MeshConfig) -> None:
     """Waits until all processes that the mesh speaks of are there; from then on JAX counts the devices of all.
 
-    One process is all there is without a coordinator, unless the caller has initialised `jax.distributed`.
+    One process is all there is without a coordinator, unless the caller has initialised `jax.distributed`. If others do
+    not come, this process says so and ends, with status 2: JAX could only abort it.
 
     Raises:
-      OSError: If the others cannot be reached, or do not come.
+      OSError: If the port is taken.
       ValueError: If no cluster tells who they are, or they cannot share the devices.
     """
     if mesh.coordinator and not jax.distributed.is_initialized():
@@ -43,10 +46,14 @@ def join(mesh: MeshConfig) -> None:
         if mesh.coordinator != CLUSTER:
             given = {"coordinator_address": mesh.coordinator, "num_processes": mesh.num_processes}
             given |= {"process_id": mesh.process_id, "cluster_detection_method": "deactivate"}
+            if mesh.process_id == 0:
+                _check_port(mesh)
+        give_up = threading.Timer(MEETING_SECONDS, _give_up, [mesh])
+        give_up.start()
         try:
             jax.distributed.initialize(
                 **given,
-                initialization_timeout=MEETING_SECONDS,
+                initialization_timeout=2 * MEETING_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -55,13 +62,33 @@ def join(mesh: MeshConfig) -> None:
                 f"mesh.coordinator {CLUSTER!r} needs a cluster that tells who takes part; got none that JAX knows "
                 f"({error}). Start it by Slurm or mpirun, or give mesh.coordinator, num_processes and process_id."
             ) from error
-        except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(
-                f"All processes must meet at mesh.coordinator; got {mesh} and {reason}. Start all within "
-                f"{MEETING_SECONDS} s, and name a free port of the first one's host that the others reach."
-            ) from error
+        finally:
+            give_up.cancel()
     check_shares(mesh.num_devices, jax.process_count())
+
+
+def _check_port(mesh: MeshConfig) -> None:
+    """Refuses a port that is taken, at which JAX would crash."""
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("::", int(mesh.coordinator.rpartition(":")[2])))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"The first process listens at mesh.coordinator; got {mesh.coordinator!r}, whose port is taken on this "
+                "host. Name another one to all processes."
+            ) from error
+
+
+def _give_up(mesh: MeshConfig) -> None:
+    print(
+        f"bpt-rl: All processes must meet at mesh.coordinator within {MEETING_SECONDS} s; got {mesh.coordinator!r}, "
+        "where not all came. Start every process, each under its own number, and see that all reach that host and port.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def is_first() -> bool:
