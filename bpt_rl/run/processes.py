@@ -84,7 +84,7 @@ def _check_port(mesh: MeshConfig) -> None:
 def _give_up(mesh: MeshConfig) -> None:
     print(
         f"bpt-rl: All processes must meet at mesh.coordinator within {MEETING_SECONDS} s; got {mesh.coordinator!r}, "
-        "where not all came. Start every process, each under its own number, and see that all reach that host and port.",
+        "where not all came. Start every process, each under its own number, and see that all reach that port.",
         file=sys.stderr,
         flush=True,
     )
