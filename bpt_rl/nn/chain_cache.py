@@ -97,6 +97,15 @@ class CacheDevices:
                 f"{self.mesh.data}. Change num_chains or the mesh."
             )
 
+    def cache_bytes(self, num_rows: int, num_steps: int) -> int:
+        """Returns the bytes of keys and values that each device has of so many contexts of so many steps."""
+        model = self.model
+        heads = model.num_kv_heads or model.num_heads
+        numbers = 2 * model.num_layers * heads * (model.embed_dim // model.num_heads) * LAYOUTS[model.layout]
+        return (
+            numbers * jnp.dtype(model.compute_dtype).itemsize * num_rows * num_steps // self.mesh.num_devices
+        )
+
     def dealt_rows(
         self, rows: Int[np.ndarray, "contexts"], num_rows: int
     ) -> tuple[Int[np.ndarray, "dealt"], Int[np.ndarray, "dealt"]]:

@@ -22,8 +22,10 @@ from bpt_rl.nn.chain_cache import CacheDevices
 from bpt_rl.nn.device_mesh import make_mesh
 from bpt_rl.run import conditioning, records
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.devices import this_device
 from bpt_rl.run.episode_log import LogPlan
 from bpt_rl.run.evaluation_record import SCHEMA
+from bpt_rl.run.plan import size
 from bpt_rl.run.rollout import Start
 from bpt_rl.run.simulated_source import check_simulated
 from bpt_rl.run.step import init_state, make_optimizer
@@ -130,6 +132,26 @@ class EvaluatedRun:
                 "A context must hold the whole chain, since full_context is refuse; got context_capacity "
                 f"{config.context_capacity} for {given} given and {num_played} played trajectories. Raise it, "
                 "or set full_context to drop_oldest."
+            )
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuses caches that cannot fit their devices once chains are long, hours after the first step."""
+        if not _has_cache(self.trained):
+            return
+        mesh, num_chains, device = self.config.mesh, self.config.num_chains, this_device()
+        memory = device.memory // mesh.num_devices if device.is_host else device.memory
+        num_trajectories = self.capacity if self.trained.agent in CHAIN_AGENTS else 1
+        num_steps = num_trajectories * self.statistics.episode_steps
+        needed = CacheDevices(model=self.trained.model, mesh=mesh).cache_bytes(num_chains, num_steps)
+        if needed > memory:
+            fewer = num_chains * memory // needed // mesh.data * mesh.data
+            fewer_chains = f"Set num_chains to at most {fewer}" if fewer else "No single chain fits"
+            raise ValueError(
+                f"The caches of all chains must fit; got num_chains {num_chains} with contexts of {num_trajectories} "
+                f"trajectories, whose keys and values take {size(needed)} of each device, and {size(memory)} of "
+                f"{device.name}. {fewer_chains}; or share each cache among more devices, with mesh.context, or set "
+                "context_capacity, and full_context to drop_oldest."
             )
 
     @property
@@ -271,12 +293,14 @@ def _check_devices(trained: TrainConfig, config: EvaluateConfig) -> None:
     """Refuses devices that cannot share the chains of a run's agent, or are not there."""
     if config.mesh.num_devices == 1:
         return
-    has_cache = trained.agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS) and not trained.data.window
-    if not has_cache:
-        what = f"agent {trained.agent!r} and data.window {trained.data.window}"
+    if not _has_cache(trained):
         raise ValueError(
             "Devices share the caches of agents with a transformer that see whole episodes; got "
-            f"{what} for {config.mesh}. Leave mesh.* out."
+            f"agent {trained.agent!r} and data.window {trained.data.window} for mesh {config.mesh}. Leave mesh.* out."
         )
     CacheDevices(model=trained.model, mesh=config.mesh).check_rows(config.num_chains)
     make_mesh(config.mesh)
+
+
+def _has_cache(trained: TrainConfig) -> bool:
+    return trained.agent in (*CHAIN_AGENTS, *CONDITIONED_AGENTS) and not trained.data.window

@@ -12,6 +12,7 @@ from bpt_rl import config_toml
 from bpt_rl.config import EvaluateConfig
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run import records
+from bpt_rl.run.devices import Device
 from bpt_rl.run.evaluate import evaluate_run
 from bpt_rl.run.evaluated_run import EvaluatedRun
 from bpt_rl.run.train import train
@@ -62,6 +63,28 @@ def test_where_a_run_was_trained_does_not_say_where_it_is_evaluated(run_path):
         carry = subject.policy().start(3)
         assert len(carry.cache.keys[0].devices()) == num_devices
         assert subject.plan("chain", 1.0, 2).num_parts == num_parts
+
+
+def test_caches_that_cannot_fit_are_refused_by_the_share_of_a_device(run_path, cli, monkeypatch):
+    # Keys and values of 16 numbers in float32, 2 episodes of 50 steps: 12,800 bytes a chain.
+    refused = cli.refuse(f"evaluate {run_path} --num-chains 1_000_000_000 --num-episodes 2")
+    assert "contexts of 2 trajectories, whose keys and values take 11920.9 GiB of each device" in refused
+    card = Device(name="card", memory=10 * 12_800)
+    monkeypatch.setattr("bpt_rl.run.evaluated_run.this_device", lambda: card)
+    folder = records.RunFolder(run_path)
+
+    def opened(num_chains, **mesh):
+        config = EvaluateConfig(num_chains=num_chains, num_episodes=2, mesh=MeshConfig(**mesh))
+        return EvaluatedRun.open(folder, config)
+
+    opened(10)
+    opened(40, data=2, context=2)
+    with pytest.raises(
+        ValueError, match=r"got num_chains 11 .* take 0\.1 MiB .* at most 10; or share each cache"
+    ):
+        opened(11)
+    with pytest.raises(ValueError, match=r"got num_chains 42 .* at most 40;"):
+        opened(42, data=2, context=2)
 
 
 @pytest.mark.parametrize(
