@@ -107,6 +107,45 @@ def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, ha
         assert np.abs(leaf - twin).max() <= 1e-5 * np.abs(twin).max(), path
 
 
+def test_each_device_draws_dropout_of_its_own(drawn, draw_parameters):
+    """On a device with one row, what one device would draw with a key made of its place in the mesh."""
+    model = model_config("fused", dropout=0.3)
+    graph, params = draw_parameters(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0)))
+    # Rows all alike: only masks tell them apart.
+    batch = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), drawn)
+    mesh, key = MeshConfig(data=2, fsdp=2), jax.random.key(3)
+
+    @jax.jit
+    def alone(row, key):
+        predicted = nnx.merge(graph, params)(row, key)
+        return action_loss(predicted, row.action, row.loss_mask, "deterministic")
+
+    def folded(i, j):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, i), j), 0)
+
+    first = jax.tree.map(lambda leaf: leaf[:1], batch)
+    losses = [float(alone(first, folded(i, j))) for i in range(2) for j in range(2)]
+    assert len(set(losses)) == 4
+    shared = jax.jit(lambda key: loss_over_devices(graph, params, batch, key, model=model, mesh=mesh))
+    np.testing.assert_allclose(shared(key), np.mean(losses), rtol=1e-5)
+    assert shared(key) == shared(key) != shared(jax.random.key(4))
+
+
+def test_devices_of_a_row_draw_dropout_of_their_own_and_none_at_rate_0(drawn, draw_parameters):
+    def loss(rate, key):
+        model = model_config("fused", dropout=rate)
+        graph, params = draw_parameters(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0)))
+        mesh = MeshConfig(context=2, attention="ring")
+        batch = jax.tree.map(lambda leaf: leaf[:1], drawn)
+        return jax.jit(
+            lambda params, batch, key: loss_over_devices(graph, params, batch, key, model=model, mesh=mesh)
+        )(params, batch, key)
+
+    key, other = jax.random.key(3), jax.random.key(4)
+    assert loss(0.0, key) == loss(0.0, None)
+    assert loss(0.3, key) == loss(0.3, key) != loss(0.3, other)
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
