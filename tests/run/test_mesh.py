@@ -19,6 +19,8 @@ from bpt_rl.run.train import train
 from bpt_rl.run.train_seeds import train_seeds
 from bpt_rl.types import PackedBatch
 
+pytestmark = pytest.mark.devices(8)
+
 MODEL = {
     "model.layout": "return_state_action",
     "model.num_heads": 2,

@@ -20,7 +20,9 @@ from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.records import RunFolder
 from bpt_rl.run.train import train
 
-pytestmark = pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="its devices are a CPU's virtual ones")
+pytestmark = pytest.mark.skipif(
+    os.environ["JAX_PLATFORMS"] != "cpu", reason="its devices are a CPU's virtual ones"
+)
 
 MODEL = {
     "layout": "fused",
