@@ -118,7 +118,7 @@ def _forward(ring: Ring, query: Array, keys: _Keys) -> tuple[Array, tuple[Array,
         rows = part.queries
         block = ring.attend(_operands(query, keys, held, part))
         merged = _merged((state[0][:, rows], state[1][:, rows]), block)
-        return state[0].at[:, rows].set(merged[0]), state[1].at[:, rows].set(merged[1])
+        return _written(state[0], rows, merged[0]), _written(state[1], rows, merged[1])
 
     def turn(state: tuple[Array, Array], held: _Keys, number: Array | int) -> tuple[Array, Array]:
         branches = [functools.partial(visit, part=part) for part in _parts(ring, query)]
@@ -163,11 +163,9 @@ def _backward(
         rows, columns = part
         of_rows = Attended(*(array[:, rows] for array in attended))
         block = ring.gradient(_operands(query, keys, held, part), of_rows)
-        return _Gradients(
-            state.query.at[:, rows].add(block[0]),
-            state.key.at[:, columns].add(block[1]),
-            state.value.at[:, columns].add(block[2]),
-        )
+        places = (rows, columns, columns)
+        sums = (array[:, place] + more for array, place, more in zip(state, places, block, strict=True))
+        return _Gradients(*map(_written, state, places, sums))
 
     def turn(state: _Gradients, held: _Keys, number: Array | int) -> _Gradients:
         # Of the keys that have arrived; what other devices added to theirs arrives meanwhile, and is added last.
@@ -238,6 +236,14 @@ def _meet(keys: _Keys, held: _Keys, part: _Part) -> Array:
         return jnp.array(True)
     queries, others = keys.segment_ids[:, part.queries], held.segment_ids[:, part.keys]
     return jnp.any((queries.max(1) >= others.min(1)) & (queries.min(1) <= others.max(1)))
+
+
+def _written(array: Array, place: slice, part: Array) -> Array:
+    """Returns the array with that part along axis 1.
+
+    An index (`array.at`) would become an input of the `jax.shard_map`, and JAX 0.11 crashes where one turns out unused.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(array, part, place.start or 0, axis=1)
 
 
 def _merged(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
