@@ -1,9 +1,11 @@
 """Processes that train one run together: how they meet, what they agree on, and how they end."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -18,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bpt_rl.mesh_config import CLUSTER, MeshConfig, check_shares
+from bpt_rl.run import records
 
 HEARTBEAT_SECONDS = 60
 """A process that is not heard of for so long is dead, and JAX ends the others."""
@@ -139,9 +142,8 @@ def ending_together(folder: Path) -> Iterator[None]:
     if count == 1:
         yield
         return
-    notes = [folder / f".process_{i}_of_{count}.failed" for i in range(count)]
-    notes[mine].unlink(missing_ok=True)
-    gathered(None)
+    start = gathered(secrets.token_hex(8))[0]
+    notes = _Notes(paths=[folder / f".process_{i}_of_{count}.failed" for i in range(count)], start=start)
     is_over = threading.Event()
     threading.Thread(target=_watch, args=(notes, is_over), daemon=True).start()
     try:
@@ -152,37 +154,48 @@ def ending_together(folder: Path) -> Iterator[None]:
         if lost:
             raise OSError(lost) from error
         with contextlib.suppress(OSError):
-            notes[mine].write_text(f"{error}" or type(error).__name__, encoding="utf-8")
+            notes.write(mine, f"{error}" or type(error).__name__)
         raise
     finally:
         is_over.set()
 
 
-def _watch(notes: list[Path], is_over: threading.Event) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Notes:
+    """Why processes ended, each in a file of its own."""
+
+    paths: list[Path]
+    start: str
+    """Tells notes of this start from those of earlier ones."""
+
+    def write(self, index: int, reason: str) -> None:
+        records.write_atomically(self.paths[index], f"{self.start}\n{reason}")
+
+    def read(self) -> str:
+        """Returns which process has ended and why; nothing if none has said so."""
+        for index, path in enumerate(self.paths):
+            with contextlib.suppress(OSError):
+                start, _, reason = path.read_text(encoding="utf-8").partition("\n")
+                if start == self.start:
+                    return f"process {index} of {len(self.paths)} has ended: {reason}"
+        return ""
+
+
+def _watch(notes: _Notes, is_over: threading.Event) -> None:
     while not is_over.wait(_POLL_SECONDS):
-        failure = _failure(notes)
+        failure = notes.read()
         if failure and not is_over.is_set():
             print(f"bpt-rl: {failure}", file=sys.stderr)
             leave(2)
 
 
-def _failure(notes: list[Path]) -> str:
-    """Returns which process has ended and why; nothing if none has said so."""
-    for index, note in enumerate(notes):
-        with contextlib.suppress(OSError):
-            reason = note.read_text(encoding="utf-8")
-            if reason:
-                return f"process {index} of {len(notes)} has ended: {reason}"
-    return ""
-
-
-def _lost(notes: list[Path], error: BaseException) -> str:
+def _lost(notes: _Notes, error: BaseException) -> str:
     """Returns a sentence on the process that this one lost, if that is the error."""
     if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _SIGNS):
         return ""
     # Its connections may close before its reason is to be read.
     for _ in range(4):
-        if failure := _failure(notes):
+        if failure := notes.read():
             return failure
         time.sleep(_POLL_SECONDS)
     reason = str(error).strip().splitlines()[0]
