@@ -190,20 +190,48 @@ def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int, has_seg
     Raises:
       ValueError: If heads or matrices do not divide among the devices.
     """
+    check_matrices(mesh, model)
+    axis = None
+    if mesh.context > 1:
+        kind = jax.devices()[0].device_kind
+        choice = attention_choice(
+            mesh, model, num_tokens=num_tokens, has_segments=has_segments, device_kind=kind
+        )
+        if mesh.attention == "auto":
+            _log_choice(choice)
+        axis = ContextAxis(name=CONTEXT, num_devices=mesh.context, method=choice.method)
+    return Sharing(context=axis, has_split_matrices=mesh.fsdp > 1)
+
+
+def check_matrices(mesh: MeshConfig, model: ModelConfig) -> None:
+    """Refuses matrices that the devices of `mesh.fsdp` cannot share.
+
+    Raises:
+      ValueError: If they cannot.
+    """
     hidden = model.feedforward_dim or 4 * model.embed_dim
     if model.embed_dim % mesh.fsdp or hidden % mesh.fsdp:
         raise ValueError(
             f"mesh.fsdp must divide the width of the model and of its feedforward; got {mesh.fsdp}, {model.embed_dim} "
             f"and {hidden}. Use a divisor, or mesh.data for devices that copy the parameters."
         )
-    axis = None
-    if mesh.context > 1:
-        choice = _choose(mesh, model, num_tokens, has_segments)
-        axis = ContextAxis(name=CONTEXT, num_devices=mesh.context, method=choice.method)
-    return Sharing(context=axis, has_split_matrices=mesh.fsdp > 1)
 
 
-def _choose(mesh: MeshConfig, model: ModelConfig, num_tokens: int, has_segments: bool) -> MethodChoice:
+def attention_choice(
+    mesh: MeshConfig, model: ModelConfig, *, num_tokens: int, has_segments: bool, device_kind: str
+) -> MethodChoice:
+    """Returns how attention crosses the devices of `mesh.context`, and why.
+
+    Args:
+      mesh: Of the devices.
+      model: Whose heads they share.
+      num_tokens: Of a row.
+      has_segments: Whether rows hold more than one sequence.
+      device_kind: Name of the devices (`jax.Device.device_kind`), which need not be here.
+
+    Raises:
+      ValueError: If ulysses is asked for and the heads do not divide.
+    """
     # Groups of heads attend one after another, and each group must divide.
     num_heads = model.num_heads // model.head_groups
     num_kv_heads = (model.num_kv_heads or model.num_heads) // model.head_groups
@@ -211,17 +239,14 @@ def _choose(mesh: MeshConfig, model: ModelConfig, num_tokens: int, has_segments:
         key_repeats(num_heads, num_kv_heads, mesh.context)
     if mesh.attention != "auto":
         return MethodChoice(mesh.attention, "asked for")
-    kind = jax.devices()[0].device_kind
-    fused = model_implementation(model, device_kind=kind, has_segments=has_segments) == "cudnn"
-    choice = choose_method(
+    fused = model_implementation(model, device_kind=device_kind, has_segments=has_segments) == "cudnn"
+    return choose_method(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         num_devices=mesh.context,
         num_tokens=num_tokens,
         has_fused_kernel=fused,
     )
-    _log_choice(choice)
-    return choice
 
 
 @functools.cache

@@ -6,7 +6,7 @@ itself, about a thousandth, and whatever the compiler adds. Where devices share 
 
 import dataclasses
 
-from bpt_rl.config import Activations
+from bpt_rl.config import Activations, ModelConfig
 from bpt_rl.nn.workload import FLOAT32, Workload
 from bpt_rl.types import LAYOUTS
 
@@ -220,7 +220,6 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     A causal product of queries and keys is S^2 D operations; attention has two of them forward and five backward.
     """
     layers, width = work.model.num_layers, work.model.embed_dim
-    attends_again = (activations in ("recompute", "offload")) + (work.model.layer_groups > 1)
     # Devices of a row have equal parts of the causal half: zigzag sees to it, or each has whole heads.
     product = work.num_tokens * work.padded_length * width
     projects_again = activations != "keep"
@@ -233,9 +232,14 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     weights += (work.model.layer_groups > 1) * work.layer_parameters
     weights += branches_again * (work.residual_parameters - last)
     return Flops(
-        attention=work.accumulation * layers * product * (7 + 2 * attends_again),
+        attention=work.accumulation * layers * product * (5 + 2 * attention_passes(work.model, activations)),
         matrices=work.accumulation * layers * 2 * weights * work.num_tokens,
     )
+
+
+def attention_passes(model: ModelConfig, activations: Activations) -> int:
+    """Returns how often a layer attends forward in a gradient step; backward it does once."""
+    return 1 + (activations in ("recompute", "offload")) + (model.layer_groups > 1)
 
 
 def longest_context(

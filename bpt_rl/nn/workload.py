@@ -5,7 +5,7 @@ import functools
 from typing import Literal
 
 from bpt_rl.config import ModelConfig
-from bpt_rl.nn.context_parallel import ContextAxis, Method, key_repeats
+from bpt_rl.nn.context_parallel import Method, key_repeats
 from bpt_rl.types import LAYOUTS
 
 FLOAT32 = 4
@@ -34,10 +34,8 @@ class StepShare:
 
     @property
     def num_chunks(self) -> int:
-        """What the steps of a row are padded to a multiple of."""
-        if self.context == 1:
-            return 1
-        return ContextAxis(name="context", num_devices=self.context, method=self.method).num_chunks
+        """What the steps of a row are padded to a multiple of: two chunks a device, which zigzag placement needs."""
+        return 2 * self.context if self.context > 1 else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

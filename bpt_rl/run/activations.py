@@ -39,7 +39,7 @@ def choose_activations(
     Args:
       config: Of the run.
       rows: Of a micro-batch.
-      device: Where it is to run; the first of this machine if None.
+      device: Where it is to run, as for `bpt_rl.run.plan.plan_step`; the first of this machine if None.
       recorded: What the run began with. Another level would round otherwise, and a run so ends with the same bits
         whatever device it goes on with.
 
@@ -55,7 +55,7 @@ def choose_activations(
         return Choice(activations=recorded, reason="as the run began")
     if config.model.implementation == "reference":
         return Choice(activations=UNPLANNED, reason="since reference attention is not planned")
-    return _fastest(plan_step(config, rows, device or this_device()))
+    return _fastest(plan_step(config, rows, device or this_device().one_of(config.mesh.num_devices)))
 
 
 def _fastest(plan: Plan) -> Choice:

@@ -13,10 +13,34 @@ class Rates:
 
     attention: float
     """cuDNN's causal attention, heads of 128, two products forward and five backward, of the causal half."""
+    blockwise: float
+    """Attention in plain JAX, of the same products."""
     matrices: float
     """A large bfloat16 matrix product."""
     host: float
     """Bytes of activations moved there and back, by the seconds that a step takes longer for it: they hide in part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Links:
+    """Bytes a second that a device sends to others, in large transfers, each counted as `bpt_rl.nn.traffic` does."""
+
+    devices_per_host: int
+    """Devices that reach each other without the network; each has a network card of its own."""
+    permute: float
+    """To its neighbour in a ring, inside a host, while it receives as much."""
+    all_to_all: float
+    """To all others of its host at once."""
+    all_gather: float
+    """Inside a host, as all below but the network."""
+    reduce_scatter: float
+    all_reduce: float
+    network: float
+    """Through its card to another host."""
+    latency: float
+    """Seconds that a message inside a host takes at least."""
+    network_latency: float
+    """Between hosts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +57,8 @@ class Device:
     """Whether its memory is the host's, so that nothing can be moved out of it."""
     rates: Rates | None = None
     """None if they were not measured."""
+    links: Links | None = None
+    """None if they are not known."""
 
     def less(self, *, device_bytes: int = 0, host_bytes: int = 0) -> "Device":
         """Returns the device with so much of its own and of the host's memory taken by something else."""
@@ -46,13 +72,36 @@ class Device:
         host = None if self.host_memory is None else self.host_memory // num_shares
         return dataclasses.replace(self, memory=self.memory // num_shares, host_memory=host)
 
+    def one_of(self, num_devices: int) -> "Device":
+        """Returns one of so many of its kind that train together, with its share of the host that they share."""
+        if self.is_host:
+            return self.share(num_devices)
+        if self.host_memory is None:
+            return self
+        here = min(num_devices, self.links.devices_per_host if self.links else num_devices)
+        return dataclasses.replace(self, host_memory=self.host_memory // here)
+
 
 H100 = Device(
     name="NVIDIA H100 80GB HBM3",
     # 81,559 MiB as nvidia-smi counts them, at XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
     memory=int(0.95 * 81_559 * 2**20),
-    # Measured by this project on one card; attention at 131,072 tokens, transfers in steps of 32,768 and 131,072.
-    rates=Rates(attention=564e12, matrices=790e12, host=75e9),
+    # Measured by this project on one card; attention at 131,072 tokens, transfers in steps of 32,768 and 131,072;
+    # blockwise in a step of 65,536, where it does 9 products of 10.
+    rates=Rates(attention=564e12, blockwise=31e12, matrices=790e12, host=75e9),
+    # Not measured by this project. H100 SXM: NVLink 4 has 450 GB/s each way (NVIDIA's data sheet), of which four fifths
+    # are taken; between hosts InfiniBand NDR, 400 Gb/s a card, of which nine tenths.
+    links=Links(
+        devices_per_host=8,
+        permute=360e9,
+        all_to_all=360e9,
+        all_gather=360e9,
+        reduce_scatter=360e9,
+        all_reduce=360e9,
+        network=45e9,
+        latency=10e-6,
+        network_latency=20e-6,
+    ),
 )
 
 
@@ -68,6 +117,12 @@ def this_device() -> Device:
         return Device(name=device.device_kind, memory=memory, is_host=True)
     statistics = device.memory_stats()
     memory = statistics["bytes_limit"] if statistics else room.host
-    rates = H100.rates if device.device_kind == H100.name else None
+    known = H100 if device.device_kind == H100.name else None
     pinned = int(capacity.PINNED_SHARE * room.host)
-    return Device(name=device.device_kind, memory=memory, host_memory=pinned, rates=rates)
+    return Device(
+        name=device.device_kind,
+        memory=memory,
+        host_memory=pinned,
+        rates=known.rates if known else None,
+        links=known.links if known else None,
+    )

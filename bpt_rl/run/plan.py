@@ -10,6 +10,8 @@ from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, Activations, PlanCon
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.nn.attention import model_implementation
+from bpt_rl.nn.context_parallel import MethodChoice
+from bpt_rl.nn.device_mesh import attention_choice, check_matrices, check_rows
 from bpt_rl.nn.memory_plan import (
     IN_HOST,
     LEVELS,
@@ -19,8 +21,10 @@ from bpt_rl.nn.memory_plan import (
     longest_context,
     plan_memory,
 )
-from bpt_rl.nn.workload import Workload
+from bpt_rl.nn.traffic import Transfer, step_traffic
+from bpt_rl.nn.workload import StepShare, Workload
 from bpt_rl.run.devices import H100, Device, this_device
+from bpt_rl.run.step_time import StepTime, computing_seconds, exposed_seconds
 from bpt_rl.run.synthetic import synthetic_statistics
 from bpt_rl.types import LAYOUTS, DataStatistics
 
@@ -29,7 +33,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a micro-batch is made of."""
+    """What a micro-batch is made of, for all devices together."""
 
     statistics: DataStatistics
     """Of the data: the sizes of observations, actions and episodes count."""
@@ -46,21 +50,32 @@ class Level:
 
     activations: Activations
     memory: MemoryPlan
+    """Of each device."""
     flops: Flops
-    seconds: float | None
+    """Of each device."""
+    traffic: tuple[Transfer, ...]
+    """Of each device."""
+    time: StepTime | None
     """Of a step whose attention, matrix products and transfers to the host and back run at their own rates, one after
     another, and which does nothing else. Measured on an H100, steps of 131,072 and 524,288 tokens took 7 to 12% longer,
-    those of 32,768 20 to 30%. None if no rates were measured."""
+    those of 32,768 20 to 30%. None if no rates are known."""
     longest_context: int
-    """Tokens of one row that fit the device."""
+    """Tokens of a row that fit the devices, with no more rows than they must have."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; None if no rates are known."""
+        return self.time.total if self.time else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a training run needs of a device."""
+    """What a training run needs of a device, or of each of those that share its steps."""
 
     config: TrainConfig
     device: Device
+    method: MethodChoice | None
+    """How attention crosses the devices that share a row, if there are several."""
     rows: Rows
     workload: Workload
     levels: tuple[Level, ...]
@@ -96,19 +111,14 @@ def make_plan(config: PlanConfig) -> Plan:
     Raises:
       ValueError: If agent, attention, task or context length cannot be planned.
     """
-    if config.mesh.num_devices > 1:
-        raise ValueError(
-            f"Plans are of one device; got {config.mesh}. Leave mesh.* out, and ask for one device's rows by "
-            "data.batch_size."
-        )
     device = H100 if config.device == "h100" else this_device()
     if config.host_gib:
         device = dataclasses.replace(device, host_memory=int(config.host_gib * GIB))
-    return plan_step(config, rows_of_task(config), device)
+    return plan_step(config, rows_of_task(config), device.one_of(config.mesh.num_devices))
 
 
 def rows_of_task(config: PlanConfig) -> Rows:
-    """Returns the rows that `data.*` make of full episodes of the task, or one of `tokens`.
+    """Returns the rows that `data.*` make of full episodes of the task, or the fewest there can be of `tokens`.
 
     Raises:
       ValueError: If a row cannot hold a whole chain, or `tokens` is no multiple of the layout's tokens a step.
@@ -119,7 +129,7 @@ def rows_of_task(config: PlanConfig) -> Rows:
     chain_tokens = chain_steps * LAYOUTS[config.model.layout]
     context_length = config.tokens or data.context_length or chain_tokens
     num_steps = steps_of(context_length, config.model.layout)
-    num_rows, is_one_chain_a_row = 1, True
+    num_rows, is_one_chain_a_row = config.mesh.data * config.mesh.fsdp, True
     if not config.tokens:
         chains_per_row = num_steps // chain_steps
         if not chains_per_row:
@@ -146,13 +156,16 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     Args:
       config: Of the run.
       rows: Of a micro-batch.
-      device: Where it is to run.
+      device: Where it is to run: one of `config.mesh`, with its share of the host (`Device.one_of`).
       num_parameters: Of the agent, where they are known; else its parameters are counted.
 
     Raises:
-      ValueError: If agent or attention cannot be planned.
+      ValueError: If agent or attention cannot be planned, or the devices cannot share rows, heads or matrices.
     """
-    workload = _workload(config, rows, device, num_parameters)
+    check_rows(rows.num_rows, config.mesh)
+    check_matrices(config.mesh, config.model)
+    method = _method(config, rows, device)
+    workload = _workload(config, rows, device, method, num_parameters)
     levels = []
     # What one group of heads leaves is no whole attention's result to move.
     left_out = IN_HOST if device.is_host else IN_HOST[:1] if config.model.head_groups > 1 else ()
@@ -160,12 +173,14 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
         if activations in left_out:
             continue
         flops, memory = count_flops(workload, activations), plan_memory(workload, activations)
+        traffic = step_traffic(workload, activations)
         levels.append(
             Level(
                 activations=activations,
                 memory=memory,
                 flops=flops,
-                seconds=_seconds(device, workload, flops, memory),
+                traffic=traffic,
+                time=_time(device, workload, activations, flops, memory, traffic),
                 longest_context=longest_context(
                     workload, activations, device.memory, host_memory=device.host_memory
                 ),
@@ -174,6 +189,7 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     return Plan(
         config=config,
         device=device,
+        method=method,
         rows=rows,
         workload=workload,
         levels=tuple(sorted(levels, key=lambda level: level.seconds or 0)),
@@ -181,7 +197,22 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     )
 
 
-def _workload(config: TrainConfig, rows: Rows, device: Device, num_parameters: int | None) -> Workload:
+def _method(config: TrainConfig, rows: Rows, device: Device) -> MethodChoice | None:
+    """Returns how attention will cross the devices of a row; None for one."""
+    if config.mesh.context == 1:
+        return None
+    return attention_choice(
+        config.mesh,
+        config.model,
+        num_tokens=rows.context_length,
+        has_segments=not rows.is_one_chain_a_row,
+        device_kind=device.name,
+    )
+
+
+def _workload(
+    config: TrainConfig, rows: Rows, device: Device, method: MethodChoice | None, num_parameters: int | None
+) -> Workload:
     if config.agent not in (*CHAIN_AGENTS, *CONDITIONED_AGENTS):
         raise ValueError(
             f"A plan must be of a transformer; got agent {config.agent!r}, whose memory no context fills. Use at, dt "
@@ -198,6 +229,13 @@ def _workload(config: TrainConfig, rows: Rows, device: Device, num_parameters: i
         context_length=rows.context_length,
         accumulation=config.optimizer.accumulation,
         optimizer_in_host=config.optimizer.place == "host" and not device.is_host,
+        share=StepShare(
+            data=config.mesh.data,
+            fsdp=config.mesh.fsdp,
+            context=config.mesh.context,
+            method=method.method if method else "ulysses",
+        ),
+        is_on_processor=device.is_host,
     )
 
 
@@ -214,21 +252,29 @@ def _implementation(config: TrainConfig, rows: Rows, device: Device) -> Literal[
     return "cudnn" if implementation == "cudnn" else "blockwise"
 
 
-def _seconds(device: Device, workload: Workload, flops: Flops, memory: MemoryPlan) -> float | None:
-    if device.rates is None or workload.implementation == "blockwise":
+def _time(
+    device: Device,
+    workload: Workload,
+    activations: Activations,
+    flops: Flops,
+    memory: MemoryPlan,
+    traffic: tuple[Transfer, ...],
+) -> StepTime | None:
+    if device.rates is None or _reason_without_seconds(device, workload):
         return None
-    computed = flops.attention / device.rates.attention + flops.matrices / device.rates.matrices
-    moments = 2 * memory.parameters * workload.optimizer_in_host
-    # There and back, for each micro-batch.
-    moved = 2 * workload.accumulation * (memory.host - moments)
-    return computed + moved / device.rates.host
+    exposed = 0.0
+    if device.links:
+        exposed = exposed_seconds(device.links, device.rates, workload, activations, traffic)
+    return StepTime(computing=computing_seconds(device.rates, workload, flops, memory), exposed=exposed)
 
 
 def _reason_without_seconds(device: Device, workload: Workload) -> str:
     if device.rates is None:
         return f"no rates were measured on {device.name}"
-    if workload.implementation == "blockwise":
-        return "no rate was measured for blockwise attention; cudnn needs bfloat16 and one chain a row"
+    if workload.item_bytes != 2:
+        return f"no rates were measured in {workload.model.compute_dtype}"
+    if workload.share.num_devices > 1 and device.links is None:
+        return f"nothing is known of what links {device.name} to others"
     return ""
 
 

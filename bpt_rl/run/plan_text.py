@@ -1,6 +1,8 @@
 """A plan as text for the terminal. GiB are 2**30 bytes."""
 
-from bpt_rl.run.plan import GIB, Plan
+from collections.abc import Iterable, Iterator
+
+from bpt_rl.run.plan import GIB, Level, Plan
 from bpt_rl.run.ways_out import ways_out
 
 
@@ -12,6 +14,7 @@ def describe(plan: Plan) -> str:
         f"{model.num_heads} heads, layout {model.layout}, {model.compute_dtype}.",
         f"Step: {work.accumulation} x {work.num_rows} rows of {work.context_length:,} tokens, "
         f"{work.implementation} attention.",
+        *_mesh_lines(plan),
         f"Device: {device.name}, {device.memory / GIB:.1f} GiB for JAX.",
         _host_line(plan),
         "",
@@ -34,34 +37,72 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _mesh_lines(plan: Plan) -> Iterator[str]:
+    work, share, links = plan.workload, plan.workload.share, plan.device.links
+    if share.num_devices == 1:
+        return
+    hosts = (
+        f", {links.devices_per_host} a host" if links and share.num_devices > links.devices_per_host else ""
+    )
+    yield (
+        f"Mesh: data {share.data} x fsdp {share.fsdp} x context {share.context} = {share.num_devices} "
+        f"devices{hosts}. All below is of one of them, which has {work.local_rows} x {work.local_length:,} tokens."
+    )
+    if plan.method:
+        yield f"Attention crosses devices by {plan.method}."
+
+
 def _host_line(plan: Plan) -> str:
     if plan.device.is_host:
         return "Host: the device itself."
     if plan.device.host_memory is None:
         return "Host: assumed to have what a step takes; --host-gib sets how much it has."
-    return f"Host: {plan.device.host_memory / GIB:.1f} GiB."
+    of_one = " for each device" if plan.workload.share.num_devices > 1 else ""
+    return f"Host: {plan.device.host_memory / GIB:.1f} GiB{of_one}."
 
 
 def _table(plan: Plan) -> str:
-    def gib(num_bytes: int) -> str:
-        return f"{num_bytes / GIB:.2f}"
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:<23}" + "".join(f"{cell:>19}" for cell in cells)
 
-    rows = [
-        ["", *(level.activations for level in plan.levels)],
-        ["parameters, GiB", *(gib(level.memory.parameters) for level in plan.levels)],
-        ["optimizer, GiB", *(gib(level.memory.optimizer) for level in plan.levels)],
-        ["gradients, GiB", *(gib(level.memory.gradients) for level in plan.levels)],
-        ["kept activations, GiB", *(gib(level.memory.kept) for level in plan.levels)],
-        ["token embeddings, GiB", *(gib(level.memory.embeddings) for level in plan.levels)],
-        ["largest temporary, GiB", *(gib(level.memory.layer) for level in plan.levels)],
-        ["device in all, GiB", *(gib(level.memory.device) for level in plan.levels)],
-        ["host, GiB", *(gib(level.memory.host) for level in plan.levels)],
-        ["attention, TFLOP", *(f"{level.flops.attention / 1e12:.4g}" for level in plan.levels)],
-        ["matrices, TFLOP", *(f"{level.flops.matrices / 1e12:.4g}" for level in plan.levels)],
-    ]
+    rows = [line(name, cells) for name, cells in (*_memory_rows(plan), *_work_rows(plan))]
+    return "\n".join([line("", (level.activations for level in plan.levels)), *rows])
+
+
+def _memory_rows(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    memory = [level.memory for level in plan.levels]
+    yield "parameters, GiB", [_gib(each.parameters) for each in memory]
+    yield "optimizer, GiB", [_gib(each.optimizer) for each in memory]
+    yield "gradients, GiB", [_gib(each.gradients) for each in memory]
+    yield "kept activations, GiB", [_gib(each.kept) for each in memory]
+    yield "token embeddings, GiB", [_gib(each.embeddings) for each in memory]
+    yield "largest temporary, GiB", [_gib(each.layer) for each in memory]
     if plan.workload.optimizer_in_host:
-        rows.insert(7, ["or the update, GiB", *(gib(level.memory.update) for level in plan.levels)])
-    if not plan.reason_without_seconds:
-        rows.append(["step at kernel rates, s", *(f"{level.seconds:.3g}" for level in plan.levels)])
-    rows.append(["longest row that fits", *(f"{level.longest_context:,}" for level in plan.levels)])
-    return "\n".join(f"{name:<23}" + "".join(f"{cell:>19}" for cell in cells) for name, *cells in rows)
+        yield "or the update, GiB", [_gib(each.update) for each in memory]
+    yield "device in all, GiB", [_gib(each.device) for each in memory]
+    yield "host, GiB", [_gib(each.host) for each in memory]
+
+
+def _work_rows(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    yield "attention, TFLOP", [f"{level.flops.attention / 1e12:.4g}" for level in plan.levels]
+    yield "matrices, TFLOP", [f"{level.flops.matrices / 1e12:.4g}" for level in plan.levels]
+    is_shared = plan.workload.share.num_devices > 1
+    collectives = dict.fromkeys(sent.collective for level in plan.levels for sent in level.traffic)
+    for collective in collectives:
+        yield f"{collective}, GiB", [_gib(_sent(level, collective)) for level in plan.levels]
+    times = [level.time for level in plan.levels if level.time]
+    if times and is_shared:
+        yield "computing, s", [f"{time.computing:.3g}" for time in times]
+        yield "waiting for others, s", [f"{time.exposed:.3g}" for time in times]
+    if times:
+        yield "step at kernel rates, s", [f"{time.total:.3g}" for time in times]
+    yield "longest row that fits", [f"{level.longest_context:,}" for level in plan.levels]
+
+
+def _sent(level: Level, collective: str) -> int:
+    """Returns the bytes that a device sends in a step by one collective."""
+    return sum(transfer.sent for transfer in level.traffic if transfer.collective == collective)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

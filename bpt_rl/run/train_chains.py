@@ -15,7 +15,6 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
-from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.device_mesh import check_rows, make_mesh, placed_batch, row_share
 from bpt_rl.run import records
 from bpt_rl.run.activations import choose_activations
@@ -73,9 +72,10 @@ def train_chains(
             statistics = store.statistics(config.data.task)
             sampler = _sampler_of(config, store, mesh)
             num_shares = row_share(mesh).num_shares
-            rows = _rows_of(sampler, statistics, config.mesh, num_shares)
+            rows = _rows_of(sampler, statistics, num_shares)
             # To each seed its share: a step takes as much for every seed.
             device = _device_beside(sampler).share(len(configs))
+            device = device.one_of(config.mesh.num_devices // jax.process_count())
             recorded = _recorded_activations(config)
         device, recorded = _least(device), gathered(recorded)[0]
         with agreed():
@@ -162,12 +162,12 @@ def _sampler_of(config: TrainConfig, store: Store, mesh: jax.sharding.Mesh | Non
     return sampler
 
 
-def _rows_of(sampler: ChainSampler, statistics: DataStatistics, mesh: MeshConfig, num_shares: int) -> Rows:
-    """Returns what a device has of a micro-batch."""
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics, num_shares: int) -> Rows:
+    """Returns what all processes together have of a micro-batch."""
     return Rows(
         statistics=statistics,
-        num_rows=sampler.num_rows * num_shares // (mesh.data * mesh.fsdp),
-        context_length=-(-sampler.context_length // mesh.context),
+        num_rows=sampler.num_rows * num_shares,
+        context_length=sampler.context_length,
         is_one_chain_a_row=sampler.is_one_chain_a_row,
     )
 

@@ -57,7 +57,7 @@ def _leaner_configs(plan: Plan) -> Iterator[tuple[str, TrainConfig]]:
         changed.append((f"{groups} and model.head_groups = {heads}", most))
     for settings, leaner in changed:
         yield settings, dataclasses.replace(config, model=leaner)
-    if plan.device.is_host or config.optimizer.place == "host":
+    if plan.device.is_host or config.optimizer.place == "host" or config.mesh.num_devices > 1:
         return
     yield 'optimizer.place = "host"', dataclasses.replace(config, optimizer=in_host)
     for settings, leaner in changed[-1:]:
@@ -81,7 +81,8 @@ def _shorter(plan: Plan, level: Level, memory: int) -> str:
 def _fewer(plan: Plan, level: Level, memory: int) -> str:
     """Returns the most rows that fit at a time, or the deepest model."""
     work, host = plan.workload, plan.device.host_memory
-    for num_rows in range(work.num_rows - 1, 0, -1):
+    shares = work.share.row_shares
+    for num_rows in range(work.num_rows - shares, 0, -shares):
         fewer = dataclasses.replace(work, num_rows=num_rows, accumulation=2)
         if plan_memory(fewer, level.activations).fits(memory, host):
             chains = max(1, plan.config.data.batch_size * num_rows // work.num_rows)

@@ -1,0 +1,314 @@
+"""Plans of steps that several devices share, against the compiled step and against sums by hand."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, PlanConfig, TrainConfig
+from bpt_rl.envs.tasks import DOMAINS
+from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.memory_plan import count_flops, plan_memory
+from bpt_rl.nn.traffic import step_traffic
+from bpt_rl.nn.workload import StepShare, Workload
+from bpt_rl.run.bench_collectives import read_collectives
+from bpt_rl.run.bench_subject import agent_subject
+from bpt_rl.run.devices import H100
+from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step
+from bpt_rl.run.plan_text import describe
+from bpt_rl.run.step import compile_step
+from bpt_rl.run.step_time import call_seconds, devices_in_host, exposed_seconds
+from bpt_rl.run.synthetic import synthetic_statistics
+
+SMALL = ModelConfig(
+    layout="fused",
+    embed_dim=128,
+    num_layers=2,
+    num_heads=4,
+    implementation="blockwise",
+    dropout=0.0,
+    query_chunk_size=128,
+    key_chunk_size=128,
+    feedforward_chunk_size=128,
+)
+TOKENS = 8192
+
+
+@functools.cache
+def compiled_and_planned(activations, accumulation=1, **mesh):
+    """Returns the compiled step of small rows, and the plan of it."""
+    model = dataclasses.replace(SMALL, activations=activations)
+    optimizer = OptimizerConfig(num_steps=1000, accumulation=accumulation)
+    config = TrainConfig(
+        data=DataConfig(task="walker_run"), model=model, optimizer=optimizer, mesh=MeshConfig(**mesh)
+    )
+    num_rows = config.mesh.data * config.mesh.fsdp
+    subject = agent_subject(config, TOKENS, num_rows)
+    step = compile_step(
+        subject.agent, optimizer, subject.placed_batch(), jax.random.key(0), mesh=subject.mesh
+    )
+    rows = Rows(
+        statistics=synthetic_statistics("walker_run", DOMAINS["walker"]),
+        num_rows=num_rows,
+        context_length=TOKENS,
+        is_one_chain_a_row=True,
+    )
+    processor = dataclasses.replace(H100, name="cpu", is_host=True, rates=None)
+    return step.programs[0], plan_step(config, rows, processor).level(activations)
+
+
+STEPS = [
+    ("recompute", {"data": 2, "context": 4, "attention": "ring"}),
+    ("save_attention", {"fsdp": 2, "context": 4, "attention": "ulysses", "accumulation": 2}),
+]
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(("activations", "mesh"), STEPS)
+def test_planned_bytes_of_a_device_are_those_of_the_compiled_step(activations, mesh):
+    program, level = compiled_and_planned(activations, **mesh)
+    compiled = program.memory_analysis()
+    # A tenth, as for one device.
+    assert level.memory.temporary == pytest.approx(compiled.temp_size_in_bytes, rel=0.1)
+    # What is given back in place is the state, but for its counts of steps.
+    state = level.memory.parameters + level.memory.optimizer
+    assert state == pytest.approx(compiled.alias_size_in_bytes, abs=64)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(("activations", "mesh"), STEPS)
+def test_planned_transfers_are_those_of_the_compiled_step(activations, mesh):
+    program, level = compiled_and_planned(activations, **mesh)
+    sent = read_collectives(program.as_text(), unknown_turns=mesh["context"] - 2)
+    planned = dict.fromkeys(sent, 0)
+    for transfer in level.traffic:
+        planned[transfer.collective] += transfer.count * transfer.num_bytes
+    # A device's steps of the batch and what came before each are dealt out once, which is left out of the plan, as are
+    # single numbers.
+    step = 24 + 2 * (6 + 2) + 4
+    dealt = mesh.get("accumulation", 1) * 4 * step * TOKENS // mesh["context"] + 1024
+    for name, found in sent.items():
+        assert 0 <= found.num_bytes - planned[name] < dealt, name
+
+
+def test_text_of_a_program_is_read_with_its_loops():
+    text = """
+%inside (p: f32[8]) -> f32[8] {
+  %a = f32[1,1000]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+  %b = (f32[500]{0}, bf16[500]{0}) all-to-all(%p, %p), replica_groups={{0,1},{2,3}}
+}
+
+%ring (p: f32[8]) -> f32[8] {
+  %c = f32[1000]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %l = f32[8] while(%p), condition=%x, body=%inside, backend_config={"known_trip_count":{"n":"3"}}
+  %m = f32[8] while(%p), condition=%x, body=%ring
+  %r = f32[250]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  %s = f32[] all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  %t = f32[4000]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add
+  %u = f32[2000]{0} all-reduce(%p), replica_groups=mesh['a'=2,'b'=3] {'a','b'}, to_apply=%add
+}
+"""
+    found = read_collectives(text, unknown_turns=5)
+    assert {name: (sent.calls, sent.executed, sent.num_bytes) for name, sent in found.items()} == {
+        "collective-permute": (2, 8, 8 * 4000),
+        "all-to-all": (1, 3, 3 * 3000),
+        "reduce-scatter": (1, 1, 4000),
+        "all-reduce": (1, 1, 8000),
+    }
+
+
+LARGE = ModelConfig(
+    embed_dim=1024,
+    num_layers=24,
+    num_heads=8,
+    dropout=0.0,
+    feedforward_chunk_size=4096,
+    compute_dtype="bfloat16",
+    activation="gelu",
+)
+
+
+def large(**changes):
+    """Returns the 350M shape shared by H100s, one row of 131,072 tokens for each device group."""
+    data = DataConfig(num_trajectories=32, batch_size=1)
+    return PlanConfig(**{"model": LARGE, "data": data, "device": "h100", "tokens": 131_072} | changes)
+
+
+def workload(tokens, *, num_rows=1, **share):
+    return Workload(
+        model=LARGE,
+        implementation="cudnn",
+        num_parameters=303_109_126,
+        num_rows=num_rows,
+        context_length=tokens,
+        share=StepShare(**share),
+    )
+
+
+@pytest.mark.parametrize("level", ["keep", "save_attention", "recompute", "offload"])
+def test_devices_share_rows_tokens_and_matrices_evenly(level):
+    alone = workload(131_072, num_rows=4)
+    whole, flops = plan_memory(alone, level), count_flops(alone, level)
+    for share in ({"context": 8}, {"data": 2, "context": 4}, {"fsdp": 4, "context": 2}):
+        shared = dataclasses.replace(alone, share=StepShare(**share))
+        part = plan_memory(shared, level)
+        by_tokens = 8 if level != "keep" or "fsdp" not in share else None
+        if by_tokens:
+            assert (part.kept, part.host) == (whole.kept // 8, whole.host // 8)
+        split, fsdp = 24 * 12 * 1024**2, share.get("fsdp", 1)
+        assert part.parameters == 4 * (303_109_126 - split + split // fsdp)
+        assert part.optimizer == 2 * part.parameters
+        # Of a layer, and of what all-to-alls and gathered matrices hold besides, a part of each device's own.
+        assert whole.layer / 8 < part.layer < whole.layer / 4
+        # Half of the pairs of queries and keys, whoever has them.
+        assert 8 * count_flops(shared, level).attention == flops.attention
+        assert 8 * count_flops(shared, level).matrices == flops.matrices
+
+
+def test_rows_are_padded_to_two_chunks_of_steps_a_device():
+    model = dataclasses.replace(LARGE, layout="return_state_action")
+    work = dataclasses.replace(workload(3 * 1001, num_rows=5, data=2, context=4), model=model)
+    assert (work.padded_length, work.local_length) == (3 * 1008, 3 * 252)
+    assert (work.local_rows, work.num_tokens) == (3, 3 * 3 * 252)
+    assert workload(1001).padded_length == 1001
+
+
+def test_a_ring_holds_more_than_ulysses_and_both_less_than_one_device():
+    alone = plan_memory(workload(524_288), "recompute")
+    ulysses, ring = (
+        plan_memory(workload(524_288, context=8, method=method), "recompute")
+        for method in ("ulysses", "ring")
+    )
+    assert ulysses.device < ring.device < alone.device / 3
+
+
+def test_ulysses_sends_and_holds_repeated_keys_where_devices_are_more_than_key_heads():
+    model = dataclasses.replace(LARGE, num_kv_heads=2)
+    shared = dataclasses.replace(workload(131_072, context=8), model=model)
+    [heads, gradients] = step_traffic(shared, "save_attention")
+    # Queries and results of 8 heads, keys and values of 2 that stand 4 times: 32 of 128 entries, in three passes.
+    assert heads.num_bytes == 131_072 // 8 * 2 * 128 * 32
+    assert (heads.count, gradients.num_bytes) == (3 * 24, 4 * 303_109_126)
+    assert heads.sent == heads.count * heads.num_bytes * 7 // 8
+
+
+def test_a_ring_sends_only_key_heads_and_their_gradients_in_float32():
+    model = dataclasses.replace(LARGE, num_kv_heads=2)
+    shared = dataclasses.replace(workload(131_072, context=4, method="ring"), model=model)
+    keys, sums, home, _ = step_traffic(shared, "keep")
+    part = 131_072 // 4 * 2 * 2 * 128
+    assert [(each.count, each.num_bytes) for each in (keys, sums, home)] == [
+        (24 * 2 * 3, 2 * part),
+        (24 * 3, 4 * part),
+        (24, 2 * part),
+    ]
+
+
+def test_devices_fill_hosts_from_the_context_axis_on():
+    share = StepShare(data=4, fsdp=2, context=4)
+    counts = {
+        axes: devices_in_host(H100.links, share, axes)
+        for axes in [("context",), ("fsdp",), ("data",), ("fsdp", "context"), ("data", "fsdp", "context")]
+    }
+    assert list(counts.values()) == [4, 2, 1, 8, 8]
+    assert devices_in_host(H100.links, StepShare(context=64), ("context",)) == 8
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_waiting_is_what_links_take_longer_than_the_turns_that_hide_it(method):
+    work = workload(131_072, context=8, method=method)
+    links = dataclasses.replace(H100.links, latency=0.0)
+
+    def waited(bytes_per_second):
+        rates = dict.fromkeys(("permute", "all_to_all", "all_reduce"), bytes_per_second)
+        found = dataclasses.replace(links, **rates)
+        traffic = step_traffic(work, "save_attention")
+        gradients = sum(
+            each.count * call_seconds(found, work.share, each)
+            for each in traffic
+            if each.purpose == "gradients"
+        )
+        return exposed_seconds(found, H100.rates, work, "save_attention", traffic) - gradients
+
+    turn = 16_384**2 * 1024 / H100.rates.attention
+    part = 16_384 * 1024
+    if method == "ulysses":
+        sent = 3 * 24 * 4 * 2 * part * 7 / 8
+        np.testing.assert_allclose(waited(1e12), sent / 1e12, rtol=1e-9)
+        return
+    # Fast links: only the gradients' way home is not hidden. Slow ones: each turn waits.
+    np.testing.assert_allclose(waited(1e12), 24 * 2 * 2 * part / 1e12, rtol=1e-9)
+    slow = 1e9
+    keys, sums = 2 * 2 * part / slow, 2 * 4 * part / slow
+    expected = 7 * (keys - 2 * turn) + (keys - 5 * turn) + 6 * (keys + sums - 5 * turn) + (sums - 5 * turn)
+    np.testing.assert_allclose(waited(slow), 24 * (expected + keys), rtol=1e-9)
+
+
+def test_between_hosts_the_network_sets_the_pace():
+    share = StepShare(context=16)
+    traffic = step_traffic(workload(131_072, context=16, method="ring"), "keep")
+    hop = call_seconds(H100.links, share, traffic[0])
+    assert hop == pytest.approx(20e-6 + traffic[0].num_bytes / 45e9)
+    sums = call_seconds(H100.links, share, traffic[-1])
+    # Eight cards of a host together outdo NVLink.
+    assert sums == pytest.approx(4 * 20e-6 + traffic[-1].sent / 360e9)
+    work = dataclasses.replace(workload(131_072, context=16), model=dataclasses.replace(LARGE, num_heads=16))
+    [heads, _] = step_traffic(work, "keep")
+    # 15 parts, eight of which leave the host.
+    sent = 8 / 16 * heads.num_bytes
+    assert call_seconds(H100.links, share, heads) == pytest.approx(4 * 20e-6 + sent / 45e9)
+
+
+def test_the_command_plans_meshes_that_are_not_here(cli):
+    line = "plan at_350m --device h100 --tokens 1048576 --mesh.context 512"
+    out = cli.succeed(line)
+    assert "data 1 x fsdp 1 x context 512 = 512 devices, 8 a host" in out
+    assert "1 x 4,096 tokens" in out or "1 x 2,048 tokens" in out
+    assert "by ring (8 heads do not divide among 512 devices)" in out
+    rows = {row[:23].strip(): row[23:].split() for row in out.splitlines()[7:25]}
+    assert {"collective-permute, GiB", "all-reduce, GiB", "computing, s", "waiting for others, s"} <= set(
+        rows
+    )
+    parts = [float(rows[name][0]) for name in ("computing, s", "waiting for others, s")]
+    # Three numbers of three digits.
+    assert math.isclose(sum(parts), float(rows["step at kernel rates, s"][0]), rel_tol=0.02)
+
+
+def test_more_devices_hold_longer_rows_and_take_less_time():
+    plans = [make_plan(large(mesh=MeshConfig(context=count))) for count in (1, 2, 4, 8)]
+    for level in range(len(plans[0].levels)):
+        longest = [plan.levels[level].longest_context for plan in plans]
+        # What each device has whole, the parameters, leaves nearly all to the row.
+        assert all(1.8 * fewer < more for fewer, more in itertools.pairwise(longest))
+    seconds = [plan.choice.seconds for plan in plans]
+    assert all(fewer > 1.7 * more for fewer, more in itertools.pairwise(seconds))
+
+
+def test_what_devices_cannot_share_is_not_planned(cli):
+    plan = "plan at_350m --device h100"
+    assert "got 4 rows for 1 * 8" in cli.refuse(f"{plan} --data.batch-size 4 --mesh.fsdp 8")
+    assert "got 8 heads and 16 devices" in cli.refuse(f"{plan} --mesh.context 16 --mesh.attention ulysses")
+    assert "got 3, 1024 and 4096" in cli.refuse(f"{plan} --tokens 4096 --mesh.fsdp 3")
+
+
+def test_a_host_and_a_processor_are_shared_by_the_devices_that_they_have():
+    assert H100.one_of(16).memory == H100.memory
+    roomy = dataclasses.replace(H100, host_memory=800 * GIB)
+    assert [roomy.one_of(count).host_memory // GIB for count in (1, 2, 16)] == [800, 400, 100]
+    processor = dataclasses.replace(H100, is_host=True)
+    assert processor.one_of(4).memory == H100.memory // 4
+
+
+def test_ways_out_of_a_mesh_are_of_that_mesh():
+    config = large(tokens=0, mesh=MeshConfig(fsdp=2), data=DataConfig(num_trajectories=128, batch_size=8))
+    config = dataclasses.replace(config, model=dataclasses.replace(LARGE, num_layers=96, embed_dim=2048))
+    said = describe(make_plan(dataclasses.replace(config, host_gib=1)))
+    assert "Choice: none" in said
+    assert "optimizer.place" not in said
