@@ -1,6 +1,7 @@
 """Attention over a sequence that devices share, for use inside `jax.shard_map`: two ways, one signature."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -83,7 +84,7 @@ def context_attention(
     if repeats > 1:
         key, value = (jnp.repeat(array, repeats, axis=2) for array in (key, value))
     attended = dot_product_attention(
-        *(_by_heads(array, axis) for array in (query, key, value)),
+        *_by_heads((query, key, value), axis),
         implementation=implementation,
         is_causal=is_causal,
         segment_ids=None
@@ -92,8 +93,7 @@ def context_attention(
         query_chunk_size=query_chunk_size,
         key_chunk_size=key_chunk_size,
     )
-    by_tokens: Array = jax.lax.all_to_all(attended, axis.name, split_axis=1, concat_axis=2, tiled=True)
-    return by_tokens
+    return _by_tokens(attended, axis)
 
 
 def _ring_implementation(
@@ -115,10 +115,29 @@ def _ring_implementation(
     return "cudnn" if chosen == "cudnn" else "blockwise"
 
 
-def _by_heads(array: Array, axis: ContextAxis) -> Array:
-    """Returns all tokens of this device's share of the heads."""
-    heads: Array = jax.lax.all_to_all(array, axis.name, split_axis=2, concat_axis=1, tiled=True)
-    return heads
+def _by_heads(arrays: tuple[Array, ...], axis: ContextAxis) -> list[Array]:
+    """Returns of each array [B, S_local, H, K] all tokens of this device's share of its heads, sent as one array.
+
+    One of many at a time is all that XLA hides, and few large ones travel faster. The axis of devices goes first before
+    they are sent, for else XLA would do that to each.
+    """
+    B, S, _, K = arrays[0].shape
+    N = axis.num_devices
+    shares = [array.reshape(B, S, N, -1, K) for array in arrays]
+    arriving = jax.lax.all_to_all(jnp.moveaxis(jnp.concatenate(shares, 3), 2, 0), axis.name, 0, 0)
+    whole = jnp.moveaxis(arriving, 0, 1).reshape(B, N * S, -1, K)
+    counts = [share.shape[3] for share in shares]
+    return jnp.split(whole, list(itertools.accumulate(counts))[:-1], axis=2)
+
+
+def _by_tokens(attended: Array, axis: ContextAxis) -> Array:
+    """Returns all heads of this device's tokens, of all tokens [B, S, H_local, K] of its heads."""
+    B, S, H, K = attended.shape
+    N = axis.num_devices
+    arriving = jax.lax.all_to_all(
+        jnp.moveaxis(attended.reshape(B, N, -1, H, K), 1, 0), axis.name, split_axis=0, concat_axis=0
+    )
+    return jnp.moveaxis(arriving, 0, 2).reshape(B, S // N, N * H, K)
 
 
 def key_repeats(num_heads: int, num_kv_heads: int, num_devices: int) -> int:

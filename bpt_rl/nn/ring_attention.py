@@ -65,8 +65,8 @@ class Ring(NamedTuple):
 class _Keys(NamedTuple):
     """What travels."""
 
-    key: Float[Array, "B S_local H_kv K"]
-    value: Float[Array, "B S_local H_kv K"]
+    pair: Float[Array, "2 B S_local H_kv K"]
+    """Keys and values, as one array: of several that are sent at a time, XLA hides one."""
     segment_ids: Int[Array, "B S_local"] | None
 
 
@@ -104,7 +104,7 @@ def ring_attention(
             "Zigzag placement must give each device two chunks of one size; got a share of "
             f"{query.shape[1]} tokens. Pad the sequence, or place it contiguously."
         )
-    return _attend(ring, query, _Keys(key, value, segment_ids))
+    return _attend(ring, query, _Keys(jnp.stack((key, value)), segment_ids))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,8 +149,7 @@ class _Gradients(NamedTuple):
     """Of this device's queries, and of the keys that it holds at the moment, summed over the devices so far."""
 
     query: Float[Array, "B S_local H K"]
-    key: Float[Array, "B S_local H_kv K"]
-    value: Float[Array, "B S_local H_kv K"]
+    pair: Float[Array, "2 B S_local H_kv K"]
 
 
 def _backward(
@@ -159,22 +158,26 @@ def _backward(
     query, keys, out, log_sum_exp = residuals
     attended = Attended(out, log_sum_exp, cotangent)
 
+    def gradient(held: _Keys, part: _Part, attended: Attended, *, is_causal: bool = False) -> _Gradients:
+        d_query, *d_pair = ring.gradient(_operands(query, keys, held, part), attended, is_causal=is_causal)
+        return _Gradients(d_query, jnp.stack(d_pair))
+
     def visit(state: _Gradients, held: _Keys, part: _Part) -> _Gradients:
-        rows, columns = part
-        of_rows = Attended(*(array[:, rows] for array in attended))
-        block = ring.gradient(_operands(query, keys, held, part), of_rows)
-        places = (rows, columns, columns)
-        sums = (array[:, place] + more for array, place, more in zip(state, places, block, strict=True))
-        return _Gradients(*map(_written, state, places, sums))
+        of_rows = Attended(*(array[:, part.queries] for array in attended))
+        block = gradient(held, part, of_rows)
+        return _Gradients(
+            _written(state.query, part.queries, state.query[:, part.queries] + block.query),
+            _written(state.pair, part.keys, block.pair, axis=2),
+        )
 
     def turn(state: _Gradients, held: _Keys, number: Array | int) -> _Gradients:
         # Of the keys that have arrived; what other devices added to theirs arrives meanwhile, and is added last.
-        arriving = ring.send((state.key, state.value))
-        fresh = _Gradients(state.query, jnp.zeros_like(state.key), jnp.zeros_like(state.value))
+        arriving = ring.send(state.pair)
+        fresh = _Gradients(state.query, jnp.zeros_like(state.pair))
         branches = [functools.partial(visit, part=part) for part in _parts(ring, query)]
         case = _case(ring, query, keys, held, number)
         added: _Gradients = jax.lax.switch(case, [lambda state, held: state, *branches], fresh, held)
-        return _Gradients(added.query, added.key + arriving[0], added.value + arriving[1])
+        return _Gradients(added.query, added.pair + arriving)
 
     def body(number: Array, carry: tuple[_Gradients, _Keys]) -> tuple[_Gradients, _Keys]:
         state, held = carry
@@ -182,17 +185,16 @@ def _backward(
         return turn(state, held, number), arriving
 
     held = ring.send(keys) if ring.num_devices > 1 else keys
-    own = _operands(query, keys, keys, _WHOLE)
-    state = _Gradients(*ring.gradient(own, attended, is_causal=ring.is_causal))
+    state = gradient(keys, _WHOLE, attended, is_causal=ring.is_causal)
     if ring.num_devices > 2:
         state, held = jax.lax.fori_loop(1, ring.last_turn, body, (state, held))
     if ring.num_devices > 1:
         state = turn(state, held, ring.num_devices - 1)
     # Complete, they are rounded before they go home: nothing hides that way.
-    home = state.key.astype(keys.key.dtype), state.value.astype(keys.value.dtype)
+    home = state.pair.astype(keys.pair.dtype)
     if ring.num_devices > 1:
         home = ring.send(home)
-    return state.query.astype(query.dtype), _Keys(*home, None)
+    return state.query.astype(query.dtype), _Keys(home, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -204,7 +206,8 @@ def _operands(query: Array, keys: _Keys, held: _Keys, part: _Part) -> Operands:
     ids = None
     if keys.segment_ids is not None and held.segment_ids is not None:
         ids = keys.segment_ids[:, rows], held.segment_ids[:, columns]
-    return Operands(query[:, rows], held.key[:, columns], held.value[:, columns], ids)
+    key, value = held.pair[:, :, columns]
+    return Operands(query[:, rows], key, value, ids)
 
 
 def _parts(ring: Ring, query: Array) -> list[_Part]:
@@ -238,12 +241,12 @@ def _meet(keys: _Keys, held: _Keys, part: _Part) -> Array:
     return jnp.any((queries.max(1) >= others.min(1)) & (queries.min(1) <= others.max(1)))
 
 
-def _written(array: Array, place: slice, part: Array) -> Array:
-    """Returns the array with that part along axis 1.
+def _written(array: Array, place: slice, part: Array, *, axis: int = 1) -> Array:
+    """Returns the array with that part along an axis.
 
     An index (`array.at`) would become an input of the `jax.shard_map`, and JAX 0.11 crashes where one turns out unused.
     """
-    return jax.lax.dynamic_update_slice_in_dim(array, part, place.start or 0, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(array, part, place.start or 0, axis=axis)
 
 
 def _merged(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
