@@ -370,8 +370,6 @@ class Transformer(nnx.Module):
         num_kept = min(x.shape[1], cache.keys[0].shape[2] - first)
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:
-            if axis and stripes:
-                new = stripes.dealt(new, axis.placement, num_dummy)
             kept = new[:, :num_kept].swapaxes(1, 2).astype(cached.dtype)
             place = cached.at[rows, :, first : first + num_kept]
             return place.set(kept, indices_are_sorted=True, unique_indices=True, mode="drop")
@@ -381,6 +379,9 @@ class Transformer(nnx.Module):
         for i in range(self.config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
             x, key, value = block.prefill(x, positions, axis)
+            if axis and stripes:
+                both = jnp.concatenate([key, value], axis=2)
+                key, value = jnp.split(stripes.dealt(both, axis.placement, num_dummy), 2, axis=2)
             keys.append(written(cache.keys[i], key))
             values.append(written(cache.values[i], value))
         return KeyValueCache(tuple(keys), tuple(values), cache.length.at[rows].set(num_tokens, mode="drop"))

@@ -228,17 +228,15 @@ def test_a_step_exchanges_what_queries_found_and_each_device_writes_its_own_part
     assert collectives(step) == {"all-gather": 2}
     # From each device [B, S, H, K + 1] numbers, once a layer.
     assert len(re.findall(r"= f32\[4,2,1,4,1,5\]\S* all-gather\(", step.as_text())) == 2
-    # Queries, keys, values and what was found of one layer, and both layers' keys and values to whose slots they are:
-    # nothing reads what would leave the last layer. Some compilers send two of them at once.
-    sent = collectives(filled)
-    assert set(sent) == {"all-to-all"}
-    assert 6 <= sent["all-to-all"] <= 4 + 2 * 2
+    # Of one layer, queries with keys and values there, and what was found back; and of both layers, keys and values to
+    # whose slots they are: nothing reads what would leave the last layer.
+    assert collectives(filled) == {"all-to-all": 2 + 2}
     for program in (step, filled):
         assert program.memory_analysis().alias_size_in_bytes >= 4 * num_bytes // 4
     assert step.memory_analysis().temp_size_in_bytes < num_bytes // 4
     shares = [program.memory_analysis().temp_size_in_bytes for program in (filled, filled_alone)]
-    # A quarter; the weights are small.
-    assert shares[0] < 0.27 * shares[1]
+    # A quarter, and what travels.
+    assert shares[0] < 0.4 * shares[1]
 
 
 def test_devices_that_cannot_share_chains_are_refused(make):
