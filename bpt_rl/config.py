@@ -267,12 +267,14 @@ class PlanConfig(TrainConfig):
     """What a training run would need; no file is read but the configuration's own."""
 
     tokens: int = 0
-    """Tokens of a row, one row a batch; 0 for the rows that data.* make of the task's full episodes."""
+    """Tokens of a row, one row for each of mesh.data * mesh.fsdp; 0 for the rows that data.* make of the task's full
+    episodes."""
     device: Literal["h100", "this"] = "this"
-    """An H100 of 80 GB, of whose memory JAX is given 95%, or the first device of this machine."""
+    """An H100 of 80 GB, of whose memory JAX is given 95%, or the first device of this machine; with mesh.*, as many of
+    them as that, whether they are here or not."""
     host_gib: float = 0
-    """Memory of the host that the step may take, GiB; 0 for what is free on this machine, or for as much as a step
-    takes beside an H100."""
+    """Memory of the host that the step may take, GiB, shared by the devices that are in it; 0 for what is free on this
+    machine, or for as much as a step takes beside an H100."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

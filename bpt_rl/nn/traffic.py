@@ -56,7 +56,7 @@ def _attention(work: Workload, activations: Activations) -> list[Transfer]:
     num_devices, model = work.share.context, work.model
     passes = attention_passes(model, activations)
     if work.share.method == "ulysses":
-        return [_heads(work, activations)]
+        return _heads(work, activations)
     calls = work.accumulation * model.num_layers * model.head_groups
     tokens = work.num_tokens * work.kv_dim // model.head_groups
     hops = num_devices - 1
@@ -80,20 +80,26 @@ def _attention(work: Workload, activations: Activations) -> list[Transfer]:
     ]
 
 
-def _heads(work: Workload, activations: Activations) -> Transfer:
-    """Returns what turns shares of tokens into shares of heads and back: queries, keys, values and results."""
+def _heads(work: Workload, activations: Activations) -> list[Transfer]:
+    """Returns what turns shares of tokens into shares of heads and back; gradients go the other way round."""
     model = work.model
     # Whatever is kept is kept by heads, but the projection behind reads it by tokens, so that it is sent again.
     passes = 2 + (activations != "keep") + (model.layer_groups > 1)
-    entries = 2 * model.embed_dim + 2 * work.attended_kv_dim
-    return Transfer(
-        purpose="tokens for heads and back",
-        collective="all-to-all",
-        axes=("context",),
-        num_devices=work.share.context,
-        count=work.accumulation * model.num_layers * model.head_groups * passes,
-        num_bytes=work.num_tokens * work.item_bytes * entries // model.head_groups,
-    )
+
+    def turned(purpose: str, entries: int) -> Transfer:
+        return Transfer(
+            purpose=purpose,
+            collective="all-to-all",
+            axes=("context",),
+            num_devices=work.share.context,
+            count=work.accumulation * model.num_layers * model.head_groups * passes,
+            num_bytes=work.num_tokens * work.item_bytes * entries // model.head_groups,
+        )
+
+    return [
+        turned("queries, keys and values", model.embed_dim + 2 * work.attended_kv_dim),
+        turned("results of heads", model.embed_dim),
+    ]
 
 
 def _matrices(work: Workload, activations: Activations) -> list[Transfer]:

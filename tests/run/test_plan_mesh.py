@@ -192,11 +192,11 @@ def test_a_ring_holds_more_than_ulysses_and_both_less_than_one_device():
 def test_ulysses_sends_and_holds_repeated_keys_where_devices_are_more_than_key_heads():
     model = dataclasses.replace(LARGE, num_kv_heads=2)
     shared = dataclasses.replace(workload(131_072, context=8), model=model)
-    [heads, gradients] = step_traffic(shared, "save_attention")
-    # Queries and results of 8 heads, keys and values of 2 that stand 4 times: 32 of 128 entries, in three passes.
-    assert heads.num_bytes == 131_072 // 8 * 2 * 128 * 32
-    assert (heads.count, gradients.num_bytes) == (3 * 24, 4 * 303_109_126)
-    assert heads.sent == heads.count * heads.num_bytes * 7 // 8
+    [there, back, gradients] = step_traffic(shared, "save_attention")
+    # Queries of 8 heads, keys and values of 2 that stand 4 times: 24 of 128 entries, in three passes.
+    assert there.num_bytes == 3 * back.num_bytes == 131_072 // 8 * 2 * 128 * 24
+    assert (there.count, back.count, gradients.num_bytes) == (3 * 24, 3 * 24, 4 * 303_109_126)
+    assert back.sent == back.count * back.num_bytes * 7 // 8
 
 
 def test_a_ring_sends_only_key_heads_and_their_gradients_in_float32():
@@ -260,7 +260,7 @@ def test_between_hosts_the_network_sets_the_pace():
     # Eight cards of a host together outdo NVLink.
     assert sums == pytest.approx(4 * 20e-6 + traffic[-1].sent / 360e9)
     work = dataclasses.replace(workload(131_072, context=16), model=dataclasses.replace(LARGE, num_heads=16))
-    [heads, _] = step_traffic(work, "keep")
+    heads, *_ = step_traffic(work, "keep")
     # 15 parts, eight of which leave the host.
     sent = 8 / 16 * heads.num_bytes
     assert call_seconds(H100.links, share, heads) == pytest.approx(4 * 20e-6 + sent / 45e9)
