@@ -22,11 +22,11 @@ from bpt_rl.config import ModelConfig
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.cached_attention import Stripes
 from bpt_rl.nn.context_parallel import ContextAxis
+from bpt_rl.nn.dealing import dealt, with_step_before
 from bpt_rl.nn.device_mesh import BATCH_SPEC, CONTEXT, DATA, make_mesh, sharing_of
 from bpt_rl.nn.hashed_graph import HashedGraph
-from bpt_rl.nn.trajectory_model import Outcomes, Step, previous_outcomes
+from bpt_rl.nn.trajectory_model import Step, previous_outcomes
 from bpt_rl.nn.transformer import KeyValueCache
-from bpt_rl.nn.zigzag import placed
 from bpt_rl.types import LAYOUTS, PackedBatch
 
 ROWS_SPEC, CACHE_SPEC = PartitionSpec(DATA), PartitionSpec(DATA, None, CONTEXT)
@@ -194,32 +194,36 @@ def prefill(
       rows: Where each goes on its device.
       num_steps: Of each context.
     """
-    model = graph.merge(params)
-    per_step = model.tokens_per_step
+    per_step = LAYOUTS[place.model.layout]
     shares = place.shares(batch.step.shape[1] * per_step)
-    previous = previous_outcomes(batch) if shares and per_step == 1 else None
 
-    def local(params: Any, cache: Any, batch: PackedBatch, previous: Outcomes | None, *rest: Any) -> Any:
+    def local(params: Any, cache: Any, batch: PackedBatch, *rest: Any) -> Any:
+        previous = None
+        if shares and per_step == 1:
+            outcomes = previous_outcomes(with_step_before(batch, shares[0]))
+            previous = jax.tree.map(lambda leaf: leaf[:, 1:], outcomes)
+        if shares:
+            batch, previous = dealt((batch, previous), shares[0])
         return graph.merge(params).prefill(batch, cache, *rest, previous=previous, shares=shares)
 
-    in_specs = (_WHOLE, CACHE_SPECS, BATCH_SPEC, BATCH_SPEC, ROWS_SPEC, ROWS_SPEC)
-    steps = _dealt((batch, previous), shares[0]) if shares else (batch, previous)
-    filled: KeyValueCache = place.over(local, in_specs, CACHE_SPECS)(params, cache, *steps, rows, num_steps)
+    in_specs = (_WHOLE, CACHE_SPECS, BATCH_SPEC, ROWS_SPEC, ROWS_SPEC)
+    steps = _padded(batch, shares[0]) if shares else batch
+    filled: KeyValueCache = place.over(local, in_specs, CACHE_SPECS)(params, cache, steps, rows, num_steps)
     return filled
 
 
-def _dealt(tree: Any, axis: ContextAxis) -> Any:
-    """Returns arrays [B, T, ...] padded behind, so that each chunk deals out as many steps to each device, and placed.
+def _padded(batch: PackedBatch, axis: ContextAxis) -> PackedBatch:
+    """Returns the batch with steps behind, until each chunk has equally many for each device.
 
     A causal model does not look behind, and what is padded goes to slots that are not seen before they are written.
     """
-    multiple = axis.num_chunks * axis.num_devices
+    num_more = -batch.step.shape[1] % (axis.num_chunks * axis.num_devices)
 
-    def deal(x: Any) -> jax.Array:
-        widths = [(0, 0), (0, -x.shape[1] % multiple), *((0, 0) for _ in x.shape[2:])]
-        return placed(jnp.pad(x, widths), axis.num_devices, axis.placement)
+    def pad(leaf: Any) -> jax.Array:
+        return jnp.pad(leaf, [(0, 0), (0, num_more), *((0, 0) for _ in leaf.shape[2:])])
 
-    return jax.tree.map(deal, tree)
+    padded: PackedBatch = jax.tree.map(pad, batch)
+    return padded
 
 
 def grow(cache: KeyValueCache, num_more: int, place: CacheDevices) -> KeyValueCache:

@@ -7,6 +7,8 @@
 | rows of a batch | split | split | copied |
 | tokens of a row | copied | copied | split |
 
+The caches of chains are split as `bpt_rl.nn.chain_cache` says: chains over data, their tokens over context.
+
 The mesh may be of several processes. Those of one lie side by side along the context axis where they fit, so that what
 is sent most often stays inside a host.
 """
