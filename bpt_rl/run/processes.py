@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,25 @@ def agreed() -> Iterator[None]:
         raise ValueError(f"Process {index} of {len(failures)} cannot train: {failures[index]}")
 
 
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Refuses to go on if processes were not given the same.
+
+    Args:
+      values: What must be the same, as JSON has it, by name.
+
+    Raises:
+      ValueError: If something is not; in all processes.
+    """
+    first, *others = gathered(dict(values))
+    for index, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other[name]:
+                raise ValueError(
+                    f"All processes train one configuration on one store; got {name} {first[name]!r} in process 0 and "
+                    f"{other[name]!r} in process {index}. Start all with the same command but for mesh.process_id."
+                )
+
+
 @contextlib.contextmanager
 def ending_together(folder: Path) -> Iterator[None]:
     """Ends all processes when one fails, with its sentence, wherever the others wait for it.
@@ -136,7 +155,10 @@ def ending_together(folder: Path) -> Iterator[None]:
     All enter it at once. A process that is killed leaves no sentence: JAX ends the others when it misses it.
 
     Args:
-      folder: Of the run, which all see.
+      folder: Of the run.
+
+    Raises:
+      ValueError: If they do not all see the folder.
     """
     count, mine = jax.process_count(), jax.process_index()
     if count == 1:
@@ -144,6 +166,11 @@ def ending_together(folder: Path) -> Iterator[None]:
         return
     start = gathered(secrets.token_hex(8))[0]
     notes = _Notes(paths=[folder / f".process_{i}_of_{count}.failed" for i in range(count)], start=start)
+    with agreed():
+        if is_first():
+            notes.write(mine, "")
+    with agreed():
+        notes.check_seen()
     is_over = threading.Event()
     threading.Thread(target=_watch, args=(notes, is_over), daemon=True).start()
     try:
@@ -171,12 +198,29 @@ class _Notes:
     def write(self, index: int, reason: str) -> None:
         records.write_atomically(self.paths[index], f"{self.start}\n{reason}")
 
+    def check_seen(self) -> None:
+        """Refuses a folder without the note with which the first process began.
+
+        Raises:
+          ValueError: If it is not there.
+        """
+        first = self.paths[0]
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                if first.read_text(encoding="utf-8").startswith(self.start):
+                    return
+            time.sleep(_POLL_SECONDS)
+        raise ValueError(
+            f"All processes must see the run folder; got {first.parent}, which is another one here than where the "
+            "first writes. Name a folder on storage that they share."
+        )
+
     def read(self) -> str:
         """Returns which process has ended and why; nothing if none has said so."""
         for index, path in enumerate(self.paths):
             with contextlib.suppress(OSError):
                 start, _, reason = path.read_text(encoding="utf-8").partition("\n")
-                if start == self.start:
+                if start == self.start and reason:
                     return f"process {index} of {len(self.paths)} has ended: {reason}"
         return ""
 

@@ -6,13 +6,16 @@ import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import bpt_rl
 from bpt_rl.agents.base import Agent
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import Activations, TrainConfig
+from bpt_rl.config_toml import flat
 from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
 from bpt_rl.nn.device_mesh import check_rows, make_mesh, placed_batch, row_share
@@ -23,7 +26,7 @@ from bpt_rl.run.expected_return import prepare_expected_return
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
 from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.plan import Rows
-from bpt_rl.run.processes import agreed, ending_together, gathered, is_first
+from bpt_rl.run.processes import agreed, check_alike, ending_together, gathered, is_first
 from bpt_rl.run.seed_axis import numbers, split, stacked
 from bpt_rl.run.step import (
     CompiledStep,
@@ -77,6 +80,7 @@ def train_chains(
             device = _device_beside(sampler).share(len(configs))
             device = device.one_of(config.mesh.num_devices // jax.process_count())
             recorded = _recorded_activations(config)
+        check_alike(_shared_values(config) | {"a store of digest": statistics.digest})
         device, recorded = _least(device), gathered(recorded)[0]
         with agreed():
             choice = choose_activations(config, rows, device=device, recorded=recorded)
@@ -141,6 +145,12 @@ def _mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
     """Returns the devices that share a run's steps; None for one, whose programs know of no mesh."""
     mesh = config.mesh
     return make_mesh(mesh) if mesh.num_devices > 1 or mesh.coordinator else None
+
+
+def _shared_values(config: TrainConfig) -> dict[str, Any]:
+    """Returns what must be the same in all processes that train a run: all but where things lie."""
+    values = flat(dataclasses.asdict(config)) | {"jax": jax.__version__, "bpt_rl": bpt_rl.__version__}
+    return {name: value for name, value in values.items() if name not in ("run", "data.store", "data.place")}
 
 
 def _sampler_of(config: TrainConfig, store: Store, mesh: jax.sharding.Mesh | None) -> ChainSampler:

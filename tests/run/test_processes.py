@@ -110,14 +110,21 @@ def test_two_processes_train_what_one_does_and_either_goes_on_from_the_other(wri
     compare()
 
 
-def test_what_one_process_cannot_do_all_refuse(write, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "sentences"),
+    [
+        ("--data.store {folder}/nowhere.h5", ("Process 1 of 2 cannot train: {own}", "{folder}/nowhere.h5")),
+        ("--seed 7", ("{own}", "got seed 0 in process 0 and 7 in process 1")),
+    ],
+)
+def test_what_one_process_cannot_do_all_refuse(own, sentences, write, tmp_path):
     path, config = write("refused")
-    with two_processes(path, own=("", f"--data.store {tmp_path}/nowhere.h5")) as processes:
+    with two_processes(path, own=("", own.format(folder=tmp_path))) as processes:
         (status, error), (own_status, own_error) = outcomes(processes)
     assert (status, own_status) == (2, 2)
-    sentence = own_error.splitlines()[-1].removeprefix("bpt-rl: ")
-    assert "nowhere.h5" in sentence
-    assert f"bpt-rl: Process 1 of 2 cannot train: {sentence}" in error.splitlines()
+    sentence, own_sentence = (text.splitlines()[-1].removeprefix("bpt-rl: ") for text in (error, own_error))
+    assert sentence == sentences[0].format(own=own_sentence)
+    assert sentences[1].format(folder=tmp_path) in own_sentence
     assert not Path(config.run).exists()
 
 
