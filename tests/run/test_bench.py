@@ -16,13 +16,13 @@ from flax import nnx
 
 from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
-from bpt_rl.bench_config import AttentionBenchConfig, DecodeBenchConfig, StepBenchConfig
+from bpt_rl.bench_config import AttentionBenchConfig, StepBenchConfig
 from bpt_rl.bench_verbs import BENCH_VERBS
 from bpt_rl.cli import main
 from bpt_rl.config import ModelConfig, OptimizerConfig, TrainConfig
 from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.nn.transformer import Transformer
-from bpt_rl.run import bench_attention, bench_decode, bench_record, bench_step, bench_subject, synthetic
+from bpt_rl.run import bench_attention, bench_record, bench_step, bench_subject, synthetic
 from bpt_rl.run.bench_measurement import copy_bandwidth, failure_of, median_seconds
 from bpt_rl.run.bench_record import Column, table
 
@@ -236,48 +236,6 @@ def test_what_does_not_fit_is_a_row_with_the_reason():
     assert short.both_seconds > 0
 
 
-def test_bench_decode_reads_the_cache_in_place(tmp_path):
-    line = (
-        f"bench decode {preset(tmp_path)} --tokens 4096 --num-rows 3 --num-calls 2 --copy-bytes 1_000_000 "
-        "--train.model.num-layers 2 --train.model.embed-dim 32 --train.model.num-heads 4 --num-kv-heads 4 2"
-    )
-    record, out = record_of(line, tmp_path / "decode.json")
-    for row, heads in zip(record["rows"], (4, 2), strict=True):
-        assert row["num_kv_heads"] == heads
-        assert row["cache_bytes"] == 2 * 2 * 3 * heads * 4096 * 8 * 4
-        matrices = 32 * 32 * 2 + 2 * 32 * heads * 8 + 2 * 32 * 128
-        assert row["parameter_bytes"] == 4 * (2 * (matrices + 2 * 32) + 32)
-        # A copy of keys or values would be as large as half of the cache.
-        assert row["temporary_bytes"] < row["cache_bytes"] / 2
-        # The stream of four rows of 32 numbers or fewer, and how results lie; the cache is written in place.
-        assert row["result_bytes"] < 2000
-        total = row["cache_bytes"] + row["parameter_bytes"]
-        assert row["bytes_per_second"] * row["step_seconds"] == pytest.approx(total)
-        assert row["copy_share"] * row["copy_bytes_per_second"] == pytest.approx(row["bytes_per_second"])
-    assert "% of copy" in out
-
-
-def test_devices_that_decode_together_have_a_share_of_the_cache_and_all_parameters(tmp_path):
-    def measured(mesh):
-        line = (
-            f"bench decode {preset(tmp_path)} --tokens 512 --num-rows 2 --num-calls 2 --copy-bytes 100_000 "
-            f"--train.model.embed-dim 32 --train.model.num-heads 4{mesh}"
-        )
-        record, out = record_of(line, tmp_path / "decode.json")
-        [row] = record["rows"]
-        assert row["bytes_per_second"] * row["step_seconds"] == pytest.approx(
-            row["cache_bytes"] + row["parameter_bytes"]
-        )
-        return row, out
-
-    alone, out = measured("")
-    assert (alone["mesh"], "context" in out) == ("", False)
-    row, out = measured(" --train.mesh.data 2 --train.mesh.context 4")
-    assert (row["mesh"], "data 2, context 4" in out) == ("data 2, context 4", True)
-    assert row["cache_bytes"] == alone["cache_bytes"] // 8
-    assert row["parameter_bytes"] == alone["parameter_bytes"]
-
-
 @pytest.mark.parametrize(
     "verb", [verb for verb in BENCH_VERBS if verb not in ("bench plot", "bench rollout")]
 )
@@ -303,14 +261,6 @@ def test_every_example_parses(verb, tmp_path, monkeypatch):
             "bench decode at_paper --tokens 80",
             "hold the tokens of every call; got 80 tokens, and 20 calls after a first one write 84",
         ),
-        (
-            "bench decode at_paper --train.mesh.data 2",
-            r"a multiple of mesh\.data; got 1 chains and mesh\.data 2",
-        ),
-        (
-            "bench decode at_paper --train.mesh.context 3",
-            "got .4096,. tokens for 3 devices and 4 tokens a step. Use multiples of 12",
-        ),
         ("bench decode at_small --num-kv-heads 3", "num_kv_heads must divide num_heads; got 3 and 4"),
     ],
 )
@@ -320,13 +270,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(line, mes
     assert (status, out, "Traceback" in err) == (2, "", False)
     assert re.search(message, err), err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_decoding_cache_must_exactly_hold_the_tokens_of_every_call():
-    train = dataclasses.replace(TRAIN, model=dataclasses.replace(TINY, layout="return_state_action"))
-    assert bench_decode.decode_variants(DecodeBenchConfig(tokens=(63,), num_calls=20, train=train))
-    with pytest.raises(ValueError, match="62 tokens"):
-        bench_decode.decode_variants(DecodeBenchConfig(tokens=(63, 62), num_calls=20, train=train))
 
 
 @dataclasses.dataclass(frozen=True)
