@@ -250,13 +250,13 @@ class TrainConfig:
             )
         if self.mesh.num_devices > 1 and self.agent not in (*CHAIN_AGENTS, *CONDITIONED_AGENTS):
             raise ValueError(
-                f"Agents with a transformer train on several devices; got agent {self.agent!r} and {self.mesh}. Leave "
-                "mesh.* out, or train at, dt or ad."
+                f"Agents with a transformer train on several devices; got agent {self.agent!r} and mesh {self.mesh}. "
+                "Leave mesh.* out, or train at, dt or ad."
             )
         if self.mesh.num_devices > 1 and self.optimizer.place == "host":
             raise ValueError(
-                f"Several devices keep the optimizer's state among them; got optimizer.place 'host' and {self.mesh}. "
-                "Use mesh.fsdp to split it, or one device."
+                "Several devices keep the optimizer's state among them; got optimizer.place 'host' and mesh "
+                f"{self.mesh}. Use mesh.fsdp to split it, or one device."
             )
         positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
         not_negative(self, "seed")

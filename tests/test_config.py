@@ -139,11 +139,11 @@ def test_wrong_key_or_value_is_named(values: dict[str, Any], message: str) -> No
         (OptimizerConfig, {"beta2": 1.0}, r"beta2 must lie in \(0, 1\); got 1.0"),
         (ExpectedReturnConfig, {"held_out": 1.0}, r"held_out must lie in \(0, 1\); got 1.0"),
         (MeshConfig, {"fsdp": 0}, "fsdp must be positive; got 0"),
-        (TrainConfig, {"agent": "bc", "mesh": MeshConfig(data=2)}, "got agent 'bc' and MeshConfig"),
+        (TrainConfig, {"agent": "bc", "mesh": MeshConfig(data=2)}, "got agent 'bc' and mesh data 2"),
         (
             TrainConfig,
             {"optimizer": OptimizerConfig(place="host"), "mesh": MeshConfig(data=2)},
-            "got optimizer.place 'host' and MeshConfig",
+            "got optimizer.place 'host' and mesh data 2",
         ),
         (ExpectedReturnConfig, {"max_episodes": 1}, "one to measure on; got 1. Use at least 2"),
         (TrainConfig, {"log_every": 0}, "log_every must be positive"),

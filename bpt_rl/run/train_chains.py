@@ -136,8 +136,8 @@ def _check_settings(config: TrainConfig, num_seeds: int) -> None:
         )
     if num_seeds > 1 and config.mesh.num_devices > 1:
         raise ValueError(
-            f"Seeds are trained at once on one device; got {num_seeds} seeds and {config.mesh}. Train them one after "
-            "another, or leave mesh.* out."
+            f"Seeds are trained at once on one device; got {num_seeds} seeds and mesh {config.mesh}. Train them one "
+            "after another, or leave mesh.* out."
         )
 
 

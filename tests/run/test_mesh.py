@@ -118,5 +118,5 @@ def test_no_device_holds_more_than_its_share_of_state_batch_and_activations():
 
 def test_several_seeds_are_of_one_device(tiny, tmp_path):
     runs = [tiny(tmp_path / str(seed), **MODEL, seed=seed, mesh=MeshConfig(context=2)) for seed in (0, 1)]
-    with pytest.raises(ValueError, match="got 2 seeds and context 2"):
+    with pytest.raises(ValueError, match="got 2 seeds and mesh context 2"):
         train_seeds(runs)
