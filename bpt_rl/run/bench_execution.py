@@ -59,7 +59,7 @@ class Measured:
     hidden_seconds: float | None = None
     """Of those, while it computes too."""
     losses: tuple[float, ...] = ()
-    """Of all steps, those before the timed ones first."""
+    """Of all steps, those before the timed ones first, up to one that is not finite."""
     loss: float | None = None
     """Of the first step: the same for every row of the table that has as many tokens, but for rounding."""
     failure: str = ""
@@ -172,7 +172,7 @@ def measure_running(
         communication_seconds=sent.seconds if sent else None,
         hidden_seconds=sent.hidden_seconds if sent else None,
         loss=losses[0] if math.isfinite(losses[0]) else None,
-        losses=tuple(losses),
+        losses=tuple(losses[: bad[0] - 1] if bad else losses),
         failure=f"the loss of step {bad[0]} is {losses[bad[0] - 1]}" if bad else "",
     )
 

@@ -160,6 +160,8 @@ def test_compiling_alone_tells_memory_and_runs_nothing(tmp_path):
         "attention_both_seconds",
         "floor_seconds",
         "floor_share",
+        "communication_seconds",
+        "hidden_seconds",
         "loss",
     }
     assert "step s" not in out
@@ -174,6 +176,7 @@ def test_a_loss_that_is_not_finite_is_a_failure():
     # Finite at the first step, before the update that breaks the parameters.
     assert row.loss < 10
     assert re.fullmatch(r"the loss of step [2-4] is nan", row.failure)
+    assert row.losses[0] == row.loss
     json.loads(json.dumps(dataclasses.asdict(row)), parse_constant=pytest.fail)
 
 
