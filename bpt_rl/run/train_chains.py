@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ from bpt_rl.datasets.sampling import ChainSampler, batches
 from bpt_rl.datasets.store import Store
 from bpt_rl.nn.device_mesh import check_rows, make_mesh, placed_batch, row_share
 from bpt_rl.run import records
-from bpt_rl.run.activations import choose_activations
+from bpt_rl.run.activations import Choice, choose_activations
 from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.expected_return import prepare_expected_return
-from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, means, open_runs
+from bpt_rl.run.ledger import Ledger
+from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, open_runs
 from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.plan import Rows
 from bpt_rl.run.processes import agreed, check_alike, ending_together, gathered, is_first
-from bpt_rl.run.seed_axis import numbers, split, stacked
+from bpt_rl.run.seed_axis import split, stacked
 from bpt_rl.run.step import (
     CompiledStep,
     TrainState,
@@ -69,58 +69,97 @@ def train_chains(
     _check_settings(config, len(configs))
     with contextlib.ExitStack() as stack:
         # Whatever is wrong with configuration or data shows before there is a run folder.
-        with agreed():
-            mesh = _mesh_of(config)
-            store = stack.enter_context(Store.open(config.data.store))
-            statistics = store.statistics(config.data.task)
-            sampler = _sampler_of(config, store, mesh)
-            num_shares = row_share(mesh).num_shares
-            rows = _rows_of(sampler, statistics, num_shares)
-            # To each seed its share: a step takes as much for every seed.
-            device = _device_beside(sampler).share(len(configs))
-            device = device.one_of(config.mesh.num_devices // jax.process_count())
-            recorded = _recorded_activations(config)
-        check_alike(_shared_values(config) | {"a store of digest": statistics.digest})
-        device, recorded = _least(device), gathered(recorded)[0]
-        with agreed():
-            choice = choose_activations(config, rows, device=device, recorded=recorded)
-            watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
-            agent = make_agent(watch.config, statistics)
-            watch.refuse_what_is_far_beyond()
-        facts = {"command": command, "data": dataclasses.asdict(sampler.choice)}
+        subject = _subject_of(stack, config, len(configs))
+        facts = {"command": command, "data": dataclasses.asdict(subject.sampler.choice)}
         if jax.process_count() > 1:
             facts["processes"] = jax.process_count()
         has_layers = config.agent != "bc"
         if has_layers:
-            facts["activations"] = dataclasses.asdict(choice)
-        runs = open_runs(stack, configs, statistics, facts)
+            facts["activations"] = dataclasses.asdict(subject.choice)
+        runs = open_runs(stack, configs, subject.statistics, facts)
         stack.enter_context(ending_together(runs[0].folder.path))
         if announce:
-            announce(f"Episodes are kept in place {sampler.choice}.")
+            announce(f"Episodes are kept in place {subject.sampler.choice}.")
         if announce and has_layers:
-            announce(f"Activations: {choice}.")
-        expected = prepare_expected_return(store, runs) if is_first() else None
+            announce(f"Activations: {subject.choice}.")
+        expected = prepare_expected_return(subject.store, runs) if is_first() else None
         gathered(None)
         if announce and expected:
             announce(f"Expected returns: {expected}.")
         for together, start, stop in legs(runs, config.optimizer.num_steps):
-            with watch.over("making the parameters"):
-                state = stacked([_state_at(start, agent, run, mesh) for run in together])
-            num_rows = sampler.num_rows * num_shares
-            tokens = num_rows * sampler.context_length * config.optimizer.accumulation
-            ledger = Ledger(together, tokens, report_progress)
-            samplers = [sampler.with_seed(run.config.seed) for run in together]
-            for step, reached, metrics in _steps(agent, state, samplers, watch, range(start, stop), mesh):
-                # Memory may run out in a step that is only waited for here.
-                with watch.over(f"in step {step - 1}"):
-                    ledger.settle()
-                ledger.add(step, metrics)
-                if step % config.checkpoint_every == 0 or step == stop:
-                    with watch.over(f"in step {step}"):
-                        ledger.settle()
-                        for run, own in zip(together, split(reached, len(together)), strict=True):
-                            run.saved.save(step, own)
+            _train(subject, together, range(start, stop), report_progress)
     return [run.folder for run in runs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is trained, of what, and where."""
+
+    mesh: jax.sharding.Mesh | None
+    """Devices that share a step; None for one, whose programs know of no mesh."""
+    store: Store
+    statistics: DataStatistics
+    sampler: ChainSampler
+    """Of the rows that the devices of this process share."""
+    num_rows: int
+    """Of a micro-batch, of all processes."""
+    choice: Choice
+    """What layers keep."""
+    watch: MemoryWatch
+    agent: Agent
+
+
+def _subject_of(stack: contextlib.ExitStack, config: TrainConfig, num_seeds: int) -> _Subject:
+    """Returns what a configuration, the store and the devices make, the same in all processes; the stack closes it."""
+    with agreed():
+        mesh = make_mesh(config.mesh) if config.mesh.num_devices > 1 or config.mesh.coordinator else None
+        store = stack.enter_context(Store.open(config.data.store))
+        statistics = store.statistics(config.data.task)
+        sampler = _sampler_of(config, store, mesh)
+        num_rows = sampler.num_rows * row_share(mesh).num_shares
+        rows = _rows_of(sampler, statistics, num_rows)
+        # To each seed its share: a step takes as much for every seed.
+        device = _device_beside(sampler).share(num_seeds)
+        device = device.one_of(config.mesh.num_devices // jax.process_count())
+        recorded = _recorded_activations(config)
+    check_alike(_shared_values(config) | {"a store of digest": statistics.digest})
+    device, recorded = _least(device), gathered(recorded)[0]
+    with agreed():
+        choice = choose_activations(config, rows, device=device, recorded=recorded)
+        watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
+        agent = make_agent(watch.config, statistics)
+        watch.refuse_what_is_far_beyond()
+    return _Subject(
+        mesh=mesh,
+        store=store,
+        statistics=statistics,
+        sampler=sampler,
+        num_rows=num_rows,
+        choice=choice,
+        watch=watch,
+        agent=agent,
+    )
+
+
+def _train(
+    subject: _Subject, together: Sequence[OpenRun], steps: range, report_progress: Progress | None
+) -> None:
+    """Takes gradient steps of runs that go on together, and saves what they reach."""
+    watch, config = subject.watch, subject.watch.config
+    with watch.over("making the parameters"):
+        state = stacked([_state_at(steps.start, subject, run) for run in together])
+    tokens = subject.num_rows * subject.sampler.context_length * config.optimizer.accumulation
+    ledger = Ledger(together, tokens, report_progress)
+    for step, reached, metrics in _steps(subject, state, [run.config.seed for run in together], steps):
+        # Memory may run out in a step that is only waited for here.
+        with watch.over(f"in step {step - 1}"):
+            ledger.settle()
+        ledger.add(step, metrics)
+        if step % config.checkpoint_every == 0 or step == steps.stop:
+            with watch.over(f"in step {step}"):
+                ledger.settle()
+                for run, own in zip(together, split(reached, len(together)), strict=True):
+                    run.saved.save(step, own)
 
 
 def _check_settings(config: TrainConfig, num_seeds: int) -> None:
@@ -139,12 +178,6 @@ def _check_settings(config: TrainConfig, num_seeds: int) -> None:
             f"Seeds are trained at once on one device; got {num_seeds} seeds and mesh {config.mesh}. Train them one "
             "after another, or leave mesh.* out."
         )
-
-
-def _mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
-    """Returns the devices that share a run's steps; None for one, whose programs know of no mesh."""
-    mesh = config.mesh
-    return make_mesh(mesh) if mesh.num_devices > 1 or mesh.coordinator else None
 
 
 def _shared_values(config: TrainConfig) -> dict[str, Any]:
@@ -172,11 +205,11 @@ def _sampler_of(config: TrainConfig, store: Store, mesh: jax.sharding.Mesh | Non
     return sampler
 
 
-def _rows_of(sampler: ChainSampler, statistics: DataStatistics, num_shares: int) -> Rows:
+def _rows_of(sampler: ChainSampler, statistics: DataStatistics, num_rows: int) -> Rows:
     """Returns what all processes together have of a micro-batch."""
     return Rows(
         statistics=statistics,
-        num_rows=sampler.num_rows * num_shares,
+        num_rows=num_rows,
         context_length=sampler.context_length,
         is_one_chain_a_row=sampler.is_one_chain_a_row,
     )
@@ -191,13 +224,13 @@ def _least(device: Device) -> Device:
     )
 
 
-def _state_at(start: int, agent: Agent, run: OpenRun, mesh: jax.sharding.Mesh | None) -> TrainState:
+def _state_at(start: int, subject: _Subject, run: OpenRun) -> TrainState:
     """Returns a run's state after `start` steps, each array in its place; never two of them at once."""
-    optimizer, seed = run.config.optimizer, run.config.seed
+    agent, optimizer, seed = subject.agent, run.config.optimizer, run.config.seed
     if not start:
-        return placed_state(agent, optimizer, seed, mesh)
+        return placed_state(agent, optimizer, seed, subject.mesh)
     shapes = jax.eval_shape(lambda: init_state(agent, make_optimizer(optimizer), seed))
-    state: TrainState = run.saved.restore(start, state_layout(shapes, optimizer, mesh))
+    state: TrainState = run.saved.restore(start, state_layout(shapes, optimizer, subject.mesh))
     return state
 
 
@@ -219,101 +252,38 @@ def _recorded_activations(config: TrainConfig) -> Activations | None:
 
 
 def _steps(
-    agent: Agent,
-    state: TrainState,
-    samplers: Sequence[ChainSampler],
-    watch: MemoryWatch,
-    steps: range,
-    mesh: jax.sharding.Mesh | None,
+    subject: _Subject, state: TrainState, seeds: Sequence[int], steps: range
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
-    num_seeds = len(samplers)
+    watch, mesh, sampler = subject.watch, subject.mesh, subject.sampler
 
     def make_batch(inputs: tuple[tuple[PackedBatch, ...], ...]) -> PackedBatch:
         """Stacks each seed's micro-batches, and the seeds' batches."""
         stack = functools.partial(jax.tree.map, lambda *arrays: jnp.stack(arrays))
         batch: PackedBatch = stacked([stack(*micro_batches) for micro_batches in zip(*inputs, strict=True)])
-        return batch._replace(segment_ids=None) if samplers[0].is_one_chain_a_row else batch
+        return batch._replace(segment_ids=None) if sampler.is_one_chain_a_row else batch
 
     config, accumulation = watch.config.optimizer, watch.config.optimizer.accumulation
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else None
-    seeds = [sampler.seed for sampler in samplers]
     key = jax.jit(lambda: stacked([jax.random.key(seed) for seed in seeds]), out_shardings=everywhere)()
-    compiled: CompiledStep | None = None
     put = functools.partial(placed_batch, mesh=mesh) if mesh else None
     first, last = steps.start * accumulation, steps.stop * accumulation
-    source = zip(*(batches(sampler, first, last, put=put) for sampler in samplers), strict=True)
+    every = (batches(sampler.with_seed(seed), first, last, put=put) for seed in seeds)
+    source = zip(*every, strict=True)
+    compiled: CompiledStep | None = None
     for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
         if compiled is None:
             with watch.over("compiling the step"):
                 compiled = compile_step(
-                    agent,
+                    subject.agent,
                     config,
                     inputs,
                     key,
                     kernel_dtype=watch.config.model.compute_dtype,
                     make_batch=make_batch,
-                    num_seeds=num_seeds,
+                    num_seeds=len(seeds),
                     mesh=mesh,
                 )
         with watch.over(f"in step {step}"):
             state, metrics = compiled(state, inputs, key)
         yield step, state, metrics
-
-
-class Ledger:
-    """Checks, logs and reports steps in order, one behind the device, which so never waits for the host."""
-
-    def __init__(self, runs: Sequence[OpenRun], tokens: int, report_progress: Progress | None) -> None:
-        """Starts the clock.
-
-        Args:
-          runs: Trained together; each takes a line every `log_every` steps.
-          tokens: Of a gradient step of one of them.
-          report_progress: Told of every step.
-        """
-        self._runs = runs
-        self._tokens = tokens
-        self._report_progress = report_progress
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._began, self._steps_since = time.perf_counter(), 0
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that may still be running; settles those before it."""
-        self.settle()
-        self._pending = [(step, metrics)]
-
-    def settle(self) -> None:
-        """Waits for the metrics taken; checks, logs and reports them.
-
-        Raises:
-          FloatingPointError: If one is not finite.
-        """
-        for step, metrics in self._pending:
-            values = numbers(metrics, len(self._runs))
-            self._check_finite(step, values)
-            self._steps_since += 1
-            config = self._runs[0].config
-            speed: dict[str, float] = {}
-            if step % config.log_every == 0 or step == config.optimizer.num_steps:
-                speed = {"tokens": float(step * self._tokens), "tokens_per_second": self._speed()}
-                for run, own in zip(self._runs, values, strict=True):
-                    run.log({"step": step, **own, **speed})
-            if self._report_progress:
-                self._report_progress(step, config.optimizer.num_steps, means(values) | speed)
-        self._pending = []
-
-    def _speed(self) -> float:
-        now = time.perf_counter()
-        speed = self._steps_since * self._tokens / (now - self._began)
-        self._began, self._steps_since = now, 0
-        return speed
-
-    def _check_finite(self, step: int, values: Sequence[Mapping[str, float]]) -> None:
-        for run, own in zip(self._runs, values, strict=True):
-            if bad := run.first_bad(own):
-                raise FloatingPointError(
-                    f"Loss, gradient and parameters must stay finite; got {bad} at step {step}, batch index "
-                    f"{step - 1}. Last good checkpoint: {run.last_good}. Lower optimizer.learning_rate or check the "
-                    "data with `bpt-rl data verify`."
-                )

@@ -15,10 +15,10 @@ from bpt_rl.datasets.build import build_store
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.ledger import Ledger
 from bpt_rl.run.open_runs import OpenRun
 from bpt_rl.run.step import init_state, make_optimizer, make_schedule, train_step
 from bpt_rl.run.train import train
-from bpt_rl.run.train_chains import Ledger
 from bpt_rl.types import PackedBatch
 
 STEPS = OptimizerConfig(num_steps=8, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, clip_norm=5.0)

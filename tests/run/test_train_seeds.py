@@ -10,9 +10,9 @@ from bpt_rl.config import DataConfig, TrainConfig
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
+from bpt_rl.run.ledger import Ledger
 from bpt_rl.run.open_runs import OpenRun
 from bpt_rl.run.train import train
-from bpt_rl.run.train_chains import Ledger
 from bpt_rl.run.train_seeds import train_seeds
 from bpt_rl.run.train_td import restore_learner
 from bpt_rl.td_config import TDConfig
