@@ -87,6 +87,9 @@ class Check:
     activations: str
     seconds: float
     planned_seconds: float | None
+    waiting: float | None
+    """Seconds, by a profile."""
+    planned_waiting: float | None
     device_gib: float | None
     planned_gib: float
 
@@ -205,10 +208,11 @@ def most_of(count, tokens, config, num_parameters):
 
 def checks(folder):
     """Yields the steps measured on H100s of which there are records, beside their plans."""
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         record = json.loads(path.read_text())
         is_step = isinstance(record, dict) and record.get("bench") == "step"
-        if not is_step or not record["device"].startswith(H100.name):
+        # Runs for their losses write them out step by step, and their times say so.
+        if not is_step or not record["device"].startswith(H100.name) or path.name.startswith("loss_"):
             continue
         config = config_toml.from_mapping(TrainConfig, record["config"]["train"])
         for row in record["rows"]:
@@ -227,16 +231,25 @@ def checks(folder):
             )
             level = plan.level(row["activations"])
             yield Check(
-                record=path.name,
+                record=str(path.relative_to(folder)),
                 tokens=row["tokens"],
                 mesh=named(config.mesh, plan),
                 implementation=plan.workload.implementation,
                 activations=row["activations"],
                 seconds=row["step_seconds"],
                 planned_seconds=level.seconds,
+                waiting=waiting_of(row),
+                planned_waiting=level.time.exposed if level.time else None,
                 device_gib=row["device_bytes"] / GIB if row.get("device_bytes") else None,
                 planned_gib=level.memory.device / GIB,
             )
+
+
+def waiting_of(row):
+    """Returns the seconds of a profiled step in which devices sent and did nothing else."""
+    if row.get("communication_seconds") is None:
+        return None
+    return row["communication_seconds"] - row["hidden_seconds"]
 
 
 LONGEST_COLUMNS = (
@@ -271,6 +284,8 @@ CHECK_COLUMNS = (
     Column(heading="activations", field="activations"),
     Column(heading="measured s", field="seconds", digits=3),
     Column(heading="planned s", field="planned_seconds", digits=3),
+    Column(heading="waited s", field="waiting", digits=3),
+    Column(heading="planned s", field="planned_waiting", digits=3),
     Column(heading="measured GiB", field="device_gib", digits=1),
     Column(heading="planned GiB", field="planned_gib", digits=1),
 )

@@ -177,7 +177,8 @@ def _attention_bytes(work: Workload, activations: Activations) -> int:
         else:
             heads += FLOAT32 * width + (2 * size * width if kv_dim < width else 0)
         if work.share.context > 1:
-            heads += size * width  # what an all-to-all sends, beside what arrives
+            # Queries, keys and values go as one array: what is sent, beside what arrives.
+            heads += size * (width + 2 * kv_dim)
     # Layer input, gradient of the stream, the attention's output and its gradient; the gradient of the tokens read.
     held = 4 * size * width + size * width // LAYOUTS[work.model.layout]
     if num_groups > 1:

@@ -89,18 +89,19 @@ H100 = Device(
     # Measured by this project on one card; attention at 131,072 tokens, transfers in steps of 32,768 and 131,072;
     # blockwise in a step of 65,536, where it does 9 products of 10.
     rates=Rates(attention=564e12, blockwise=31e12, matrices=790e12, host=75e9),
-    # Not measured by this project. H100 SXM: NVLink 4 has 450 GB/s each way (NVIDIA's data sheet), of which four fifths
-    # are taken; between hosts InfiniBand NDR, 400 Gb/s a card, of which nine tenths.
+    # Inside a host measured by this project between two cards (`benchmarks/links.py`): rates of arrays of 512 MiB, and
+    # what one of 16 MiB takes longer; NVLink 4 has 450 GB/s each way. Between hosts not measured: InfiniBand NDR has
+    # 400 Gb/s a card, of which nine tenths are taken.
     links=Links(
         devices_per_host=8,
-        permute=360e9,
-        all_to_all=360e9,
-        all_gather=360e9,
-        reduce_scatter=360e9,
-        all_reduce=360e9,
+        permute=277e9,
+        all_to_all=195e9,
+        all_gather=210e9,
+        reduce_scatter=203e9,
+        all_reduce=310e9,
         network=45e9,
-        latency=10e-6,
-        network_latency=20e-6,
+        latency=55e-6,
+        network_latency=75e-6,
     ),
 )
 

@@ -211,6 +211,28 @@ def test_a_ring_sends_only_key_heads_and_their_gradients_in_float32():
     ]
 
 
+# Temporary GiB that the compiled training step asks for on each of two H100s of one host, and its seconds (records in
+# `results/two_gpus`): 24 layers as above, attention saved.
+TWO_GPUS = [
+    (131_072, 2, {"data": 2}, 16.336, 6.310),
+    (131_072, 2, {"fsdp": 2}, 15.777, 6.393),
+    (131_072, 1, {"context": 2, "attention": "ulysses"}, 9.077, 3.269),
+    (524_288, 1, {"context": 2, "attention": "ulysses"}, 32.529, 47.99),
+    (131_072, 1, {"context": 2, "attention": "ring"}, 9.816, 3.218),
+    (524_288, 1, {"context": 2, "attention": "ring"}, 35.752, 46.47),
+]
+
+
+@pytest.mark.parametrize(("tokens", "num_rows", "mesh", "temporary", "seconds"), TWO_GPUS)
+def test_plans_are_those_of_two_real_devices(tokens, num_rows, mesh, temporary, seconds):
+    plan = make_plan(large(tokens=tokens, mesh=MeshConfig(**mesh)))
+    assert plan.workload.num_rows == num_rows
+    level = plan.level("save_attention")
+    assert level.memory.temporary == pytest.approx(temporary * GIB, rel=0.07)
+    # A floor, as for one device.
+    assert 0.87 * seconds < level.seconds < seconds
+
+
 def test_devices_fill_hosts_from_the_context_axis_on():
     share = StepShare(data=4, fsdp=2, context=4)
     counts = {
@@ -255,15 +277,18 @@ def test_between_hosts_the_network_sets_the_pace():
     share = StepShare(context=16)
     traffic = step_traffic(workload(131_072, context=16, method="ring"), "keep")
     hop = call_seconds(H100.links, share, traffic[0])
-    assert hop == pytest.approx(20e-6 + traffic[0].num_bytes / 45e9)
+    links = H100.links
+    assert hop == pytest.approx(links.network_latency + traffic[0].num_bytes / links.network)
     sums = call_seconds(H100.links, share, traffic[-1])
     # Eight cards of a host together outdo NVLink.
-    assert sums == pytest.approx(4 * 20e-6 + traffic[-1].sent / 360e9)
+    assert 8 * links.network > links.all_reduce
+    assert sums == pytest.approx(4 * links.network_latency + traffic[-1].sent / links.all_reduce)
     work = dataclasses.replace(workload(131_072, context=16), model=dataclasses.replace(LARGE, num_heads=16))
     heads, *_ = step_traffic(work, "keep")
     # 15 parts, eight of which leave the host.
     sent = 8 / 16 * heads.num_bytes
-    assert call_seconds(H100.links, share, heads) == pytest.approx(4 * 20e-6 + sent / 45e9)
+    seconds = 4 * links.network_latency + sent / links.network
+    assert call_seconds(links, share, heads) == pytest.approx(seconds)
 
 
 def test_the_command_plans_meshes_that_are_not_here(cli):
@@ -285,8 +310,8 @@ def test_more_devices_hold_longer_rows_and_take_less_time():
     plans = [make_plan(large(mesh=MeshConfig(context=count))) for count in (1, 2, 4, 8)]
     for level in range(len(plans[0].levels)):
         longest = [plan.levels[level].longest_context for plan in plans]
-        # What each device has whole, the parameters, leaves nearly all to the row.
-        assert all(1.8 * fewer < more for fewer, more in itertools.pairwise(longest))
+        # Parameters, whole on each, leave nearly all to the row; where it goes to the host, all-to-alls weigh more.
+        assert all(1.6 * fewer < more for fewer, more in itertools.pairwise(longest))
     seconds = [plan.choice.seconds for plan in plans]
     assert all(fewer > 1.7 * more for fewer, more in itertools.pairwise(seconds))
 
