@@ -1,8 +1,8 @@
 """The seconds of a training step at the rates of kernels and links, turn by turn where a ring sends while it attends.
 
 Devices are numbered with the context axis innermost, then fsdp, then data, so that what is sent most often stays inside
-a host. What a turn of a ring sends goes beside what the turn attends to, and is waited for where it takes longer. All
-else is waited for: all-to-alls, gathered matrices, sums of gradients.
+a host. One array that a turn of a ring sends goes beside what the turn attends to, and is waited for where it takes
+longer. All else is waited for: all-to-alls, gathered matrices, sums of gradients, and the second array of a turn.
 """
 
 import dataclasses
@@ -125,6 +125,8 @@ def _ring_seconds(links: Links, rates: Rates, work: Workload, activations: Activ
     keys, gradients = hop(work.item_bytes), hop(FLOAT32)
     has_keys = activations in ("recompute", "offload") and model.head_groups == 1
     forward = (num_devices - 1) * max(0.0, keys - 2 * seconds)
-    backward = [0.0 if has_keys else keys, *[keys + gradients] * (num_devices - 2), gradients]
-    waited = sum(max(0.0, sent - 5 * seconds) for sent in backward) + hop(work.item_bytes)
+    # Turns send keys but for the last, and gradients but for the first; of two arrays at a time XLA hides one.
+    hiding = [0.0 if has_keys else keys, *[keys] * (num_devices - 2), gradients]
+    waited = sum(max(0.0, sent - 5 * seconds) for sent in hiding)
+    waited += (num_devices - 2) * gradients + hop(work.item_bytes)
     return calls * (attention_passes(model, activations) * forward + waited)

@@ -265,11 +265,11 @@ def test_waiting_is_what_links_take_longer_than_the_turns_that_hide_it(method):
         sent = 3 * 24 * 4 * 2 * part * 7 / 8
         np.testing.assert_allclose(waited(1e12), sent / 1e12, rtol=1e-9)
         return
-    # Fast links: only the gradients' way home is not hidden. Slow ones: each turn waits.
-    np.testing.assert_allclose(waited(1e12), 24 * 2 * 2 * part / 1e12, rtol=1e-9)
+    # Fast links: the gradients' way home is not hidden, nor theirs beside keys. Slow ones: each turn waits.
+    np.testing.assert_allclose(waited(1e12), 24 * (2 * 2 + 6 * 2 * 4) * part / 1e12, rtol=1e-9)
     slow = 1e9
     keys, sums = 2 * 2 * part / slow, 2 * 4 * part / slow
-    expected = 7 * (keys - 2 * turn) + (keys - 5 * turn) + 6 * (keys + sums - 5 * turn) + (sums - 5 * turn)
+    expected = 7 * (keys - 2 * turn) + 7 * (keys - 5 * turn) + 6 * sums + (sums - 5 * turn)
     np.testing.assert_allclose(waited(slow), 24 * (expected + keys), rtol=1e-9)
 
 
@@ -307,7 +307,8 @@ def test_the_command_plans_meshes_that_are_not_here(cli):
 
 
 def test_more_devices_hold_longer_rows_and_take_less_time():
-    plans = [make_plan(large(mesh=MeshConfig(context=count))) for count in (1, 2, 4, 8)]
+    meshes = [MeshConfig(context=count, attention="ulysses") for count in (1, 2, 4, 8)]
+    plans = [make_plan(large(mesh=mesh)) for mesh in meshes]
     for level in range(len(plans[0].levels)):
         longest = [plan.levels[level].longest_context for plan in plans]
         # Parameters, whole on each, leave nearly all to the row; where it goes to the host, all-to-alls weigh more.
