@@ -78,7 +78,7 @@ class CacheDevices:
         Raises:
           ValueError: If the heads do not divide among the devices and must.
         """
-        sharing = sharing_of(self.mesh, self.model, num_tokens=num_tokens, has_segments=False)
+        sharing = sharing_of(self.mesh, self.model, num_tokens=num_tokens)
         return (sharing.context, self.stripes) if sharing.context and self.stripes else None
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding | None:

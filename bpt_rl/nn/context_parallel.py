@@ -19,7 +19,8 @@ from bpt_rl.nn.zigzag import Placement, local_positions
 Method = Literal["ring", "ulysses"]
 
 HIDING_TOKENS = 4096
-"""Tokens of a device from which on attending to a part of the keys takes longer than the next part's way here. [I]"""
+"""Tokens of a device from which on attending to a part of the keys takes longer than the next part's way here: as
+many take as long for either on H100s, by the rates in `bpt_rl.run.devices`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,18 +166,15 @@ class MethodChoice:
         return f"{self.method} ({self.reason})"
 
 
-def choose_method(
-    *, num_heads: int, num_kv_heads: int, num_devices: int, num_tokens: int, has_fused_kernel: bool
-) -> MethodChoice:
-    """Returns the faster way for a causal sequence of `num_tokens`, split over `num_devices`.
+def choose_method(*, num_heads: int, num_kv_heads: int, num_devices: int, num_tokens: int) -> MethodChoice:
+    """Returns the way for a causal sequence of `num_tokens`, split over `num_devices`, that waits for fewer bytes.
 
-    Ulysses waits for all that it sends, but attends in one piece, with the fused kernel where there is one. Ring sends
-    while it attends, which hides the way if a share is long enough; it has no fused kernel here.
+    Ulysses waits for all that it sends. A ring sends while it attends, which hides the way if a share is long enough;
+    not hidden are the gradients' way home, and in all turns of the backward pass but one their sums: keys travel at the
+    same time, and of two arrays XLA hides one.
     """
     if num_heads % num_devices:
         return MethodChoice("ring", f"{num_heads} heads do not divide among {num_devices} devices")
-    if has_fused_kernel:
-        return MethodChoice("ulysses", "the fused kernel attends to whole sequences")
     local = -(-num_tokens // num_devices)
     if local < HIDING_TOKENS:
         return MethodChoice(
@@ -184,12 +182,13 @@ def choose_method(
             f"{local} tokens a device are attended to sooner than the next would have come around a ring",
         )
     repeats = key_repeats(num_heads, num_kv_heads, num_devices)
-    # Heads of one token that a device sends, up to the same factor: q, k, v and the output once; k and v to everyone.
-    by_ulysses, by_ring = 2 * num_heads + 2 * num_kv_heads * repeats, 2 * num_kv_heads * num_devices
-    if by_ring < by_ulysses:
-        return MethodChoice(
-            "ring", f"it sends {by_ring / by_ulysses:.2f} times what ulysses would, while it attends"
-        )
+    # Heads of one token that a device sends in bfloat16. Ulysses: queries, keys and values, which the backward pass
+    # asks for again, and the output; gradients of all. Ring: keys and values, their float32 sums being two each.
+    others = num_devices - 1
+    by_ulysses = (5 * num_heads + 6 * num_kv_heads * repeats) * others / num_devices
+    by_ring = 4 * num_kv_heads * (others - 1) + 2 * num_kv_heads
+    method: Method = "ring" if by_ring < by_ulysses else "ulysses"
     return MethodChoice(
-        "ulysses", f"it sends {by_ulysses / by_ring:.2f} times what a ring would, in one go each way"
+        method,
+        f"a ring waits for {by_ring / by_ulysses:.2f} times the bytes that ulysses waits for",
     )

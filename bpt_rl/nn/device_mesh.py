@@ -25,7 +25,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.mesh_config import MeshConfig, check_shares
-from bpt_rl.nn.attention import model_implementation
 from bpt_rl.nn.context_parallel import ContextAxis, MethodChoice, choose_method, key_repeats
 from bpt_rl.nn.working_copy import LAYERS
 from bpt_rl.types import PackedBatch
@@ -186,7 +185,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree))
 
 
-def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int, has_segments: bool) -> Sharing:
+def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int) -> Sharing:
     """Returns what a model must know whose rows of `num_tokens` tokens are shared.
 
     Raises:
@@ -195,10 +194,7 @@ def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int, has_seg
     check_matrices(mesh, model)
     axis = None
     if mesh.context > 1:
-        kind = jax.devices()[0].device_kind
-        choice = attention_choice(
-            mesh, model, num_tokens=num_tokens, has_segments=has_segments, device_kind=kind
-        )
+        choice = attention_choice(mesh, model, num_tokens=num_tokens)
         if mesh.attention == "auto":
             _log_choice(choice)
         axis = ContextAxis(name=CONTEXT, num_devices=mesh.context, method=choice.method)
@@ -219,17 +215,13 @@ def check_matrices(mesh: MeshConfig, model: ModelConfig) -> None:
         )
 
 
-def attention_choice(
-    mesh: MeshConfig, model: ModelConfig, *, num_tokens: int, has_segments: bool, device_kind: str
-) -> MethodChoice:
+def attention_choice(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int) -> MethodChoice:
     """Returns how attention crosses the devices of `mesh.context`, and why.
 
     Args:
       mesh: Of the devices.
       model: Whose heads they share.
       num_tokens: Of a row.
-      has_segments: Whether rows hold more than one sequence.
-      device_kind: Name of the devices (`jax.Device.device_kind`), which need not be here.
 
     Raises:
       ValueError: If ulysses is asked for and the heads do not divide.
@@ -241,13 +233,8 @@ def attention_choice(
         key_repeats(num_heads, num_kv_heads, mesh.context)
     if mesh.attention != "auto":
         return MethodChoice(mesh.attention, "asked for")
-    fused = model_implementation(model, device_kind=device_kind, has_segments=has_segments) == "cudnn"
     return choose_method(
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        num_devices=mesh.context,
-        num_tokens=num_tokens,
-        has_fused_kernel=fused,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, num_devices=mesh.context, num_tokens=num_tokens
     )
 
 

@@ -53,7 +53,7 @@ def loss_over_devices(
     check_rows(batch.step.shape[0], mesh)
     per_step = LAYOUTS[model.layout]
     num_tokens = batch.step.shape[1] * per_step
-    sharing = sharing_of(mesh, model, num_tokens=num_tokens, has_segments=batch.segment_ids is not None)
+    sharing = sharing_of(mesh, model, num_tokens=num_tokens)
     axis = sharing.context
 
     def local(params: Any, batch: PackedBatch, key: jax.Array | None) -> Float[jax.Array, ""]:

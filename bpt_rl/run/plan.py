@@ -164,7 +164,7 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     """
     check_rows(rows.num_rows, config.mesh)
     check_matrices(config.mesh, config.model)
-    method = _method(config, rows, device)
+    method = _method(config, rows)
     workload = _workload(config, rows, device, method, num_parameters)
     levels = []
     # What one group of heads leaves is no whole attention's result to move.
@@ -197,17 +197,11 @@ def plan_step(config: TrainConfig, rows: Rows, device: Device, *, num_parameters
     )
 
 
-def _method(config: TrainConfig, rows: Rows, device: Device) -> MethodChoice | None:
+def _method(config: TrainConfig, rows: Rows) -> MethodChoice | None:
     """Returns how attention will cross the devices of a row; None for one."""
     if config.mesh.context == 1:
         return None
-    return attention_choice(
-        config.mesh,
-        config.model,
-        num_tokens=rows.context_length,
-        has_segments=not rows.is_one_chain_a_row,
-        device_kind=device.name,
-    )
+    return attention_choice(config.mesh, config.model, num_tokens=rows.context_length)
 
 
 def _workload(

@@ -182,15 +182,16 @@ def test_key_heads_are_repeated_as_little_as_every_device_needs_one():
 @pytest.mark.parametrize(
     ("facts", "method", "reason"),
     [
-        ((6, 6, 4, 10**6, True), "ring", "6 heads do not divide among 4 devices"),
-        ((8, 8, 4, 10**6, True), "ulysses", "fused kernel"),
-        ((8, 1, 4, 400, False), "ulysses", "100 tokens a device"),
-        ((8, 1, 4, 10**6, False), "ring", "it sends 0.33 times"),
-        ((8, 8, 8, 10**6, False), "ulysses", "it sends 0.25 times"),
+        ((6, 6, 4, 10**6), "ring", "6 heads do not divide among 4 devices"),
+        ((8, 1, 4, 400), "ulysses", "100 tokens a device"),
+        # Two devices: half of 11 heads, against two on their way home.
+        ((8, 8, 2, 10**6), "ring", "a ring waits for 0.36 times"),
+        ((8, 1, 4, 10**6), "ring", "a ring waits for 0.21 times"),
+        ((8, 8, 8, 10**6), "ulysses", "a ring waits for 2.70 times"),
     ],
 )
 def test_the_way_is_chosen_by_heads_devices_and_length(facts, method, reason):
-    names = ("num_heads", "num_kv_heads", "num_devices", "num_tokens", "has_fused_kernel")
+    names = ("num_heads", "num_kv_heads", "num_devices", "num_tokens")
     choice = choose_method(**dict(zip(names, facts, strict=True)))
     assert choice.method == method
     assert reason in str(choice)
