@@ -83,11 +83,17 @@ class AblateConfig(GridConfig):
     """Memory that Ray holds for a job; 0 for no request."""
     dry_run: bool = False
     """Print the cells with the time and memory that they should take, and run nothing."""
+    report_only: bool = False
+    """Write tables and page of the cells that are finished, and run nothing; also while another process runs some."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "workers_per_device", "ray_cpus")
         not_negative(self, "workers", "ray_gpus", "ray_memory_gib")
+        if self.dry_run and self.report_only:
+            raise ValueError(
+                "A grid is planned or reported; got dry_run and report_only together. Leave one of them out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

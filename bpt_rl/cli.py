@@ -94,7 +94,11 @@ def _ablate(call: Call) -> None:
 
         print(describe_cells(config, expand(config)))
         return
-    from bpt_rl.run.ablate import ablate, describe_result
+    from bpt_rl.run.ablate import ablate, describe_result, report
+
+    if config.report_only:
+        print(describe_result(report(config, command=call.command)))
+        return
     from bpt_rl.run.console import Stages
     from bpt_rl.run.job import Job
     from bpt_rl.run.launchers import Launcher

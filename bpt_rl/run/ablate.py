@@ -41,7 +41,9 @@ class GridResult:
 
     cells: Sequence[Cell]
     folder: GridFolder
+    num_finished: int
     failures: Sequence[Failure]
+    """Of this call."""
 
     @property
     def run_folders(self) -> list[Path]:
@@ -82,14 +84,45 @@ def ablate(
     work.tell()
     stamp = _stamp(cells, work.missing())
     if jobs or not (folder.page_path.is_file() and folder.stamp() == stamp):
-        # Here, not above: a grid that is finished answers before all that draws is loaded.
-        from bpt_rl.run.ablation_page import write_page
-        from bpt_rl.run.ablation_table import write_tables
-
-        write_tables(cells, folder)
-        write_page(config, cells, folder, command=command)
+        _write(config, cells, folder, command)
         folder.write_stamp(stamp)
-    return GridResult(cells=cells, folder=folder, failures=work.failures())
+    num_finished = len(cells) - len(work.missing())
+    return GridResult(cells=cells, folder=folder, num_finished=num_finished, failures=work.failures())
+
+
+def report(config: GridConfig, *, command: str = "") -> GridResult:
+    """Writes the tables and the page of a grid's finished cells and runs none.
+
+    Another process may be running the grid: what it has finished by now is what counts.
+
+    Args:
+      config: The grid.
+      command: Command line that repeats this, for the record.
+
+    Raises:
+      FileNotFoundError: If no cell is finished, or a store or preset does not exist.
+      ValueError: If the grid has no cell that could run.
+    """
+    cells, folder = expand(config), GridFolder(Path(config.out))
+    num_finished = len({cell.address for cell in cells} & folder.finished())
+    if not num_finished:
+        raise FileNotFoundError(
+            f"Tables and a page are made of finished cells; got none of {len(cells)} in {folder.path}. "
+            "Run the grid first, without --report-only, or name its folder with --out."
+        )
+    # Not stamped: more cells may be finished between two looks, and the grid writes its own at its end.
+    folder.write_stamp("")
+    _write(config, cells, folder, command)
+    return GridResult(cells=cells, folder=folder, num_finished=num_finished, failures=())
+
+
+def _write(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, command: str) -> None:
+    # Here, not above: a grid that is finished answers before all that draws is loaded.
+    from bpt_rl.run.ablation_page import write_page
+    from bpt_rl.run.ablation_table import write_tables
+
+    write_tables(cells, folder)
+    write_page(config, cells, folder, command=command)
 
 
 def _stamp(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:
@@ -115,9 +148,8 @@ def _jobs(config: GridConfig, cells: Iterable[Cell], command: str) -> list[Job]:
 def describe_result(result: GridResult) -> str:
     """Returns what `bpt-rl ablate` prints at the end: where the tables lie, and what failed and why."""
     folder = result.folder
-    finished = len(result.cells) - len(result.failures)
     lines = [
-        f"{finished} of {len(result.cells)} cells are finished.",
+        f"{result.num_finished} of {len(result.cells)} cells are finished.",
         f"Page: {folder.page_path}",
         f"Table: {folder.table_path}",
         f"Costs: {folder.costs_path}",

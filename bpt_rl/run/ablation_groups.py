@@ -30,6 +30,13 @@ class CellGroup:
     costs: Sequence[Mapping[str, Any]]
     """One a cell."""
     addresses: Sequence[str]
+    num_cells: int
+    """Of the grid, those that are not finished counted."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no seed is missing."""
+        return len(self.addresses) == self.num_cells
 
     @property
     def task(self) -> str:
@@ -63,17 +70,24 @@ def axes_of(config: GridConfig) -> dict[str, Axis]:
     return found
 
 
-def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -> list[CellGroup]:
-    """Returns the groups of the finished cells, in the order of the grid."""
-    done, axes = folder.finished(), axes_of(config)
+def by_setting(config: GridConfig, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Returns the cells that differ in their seed alone together, in the order of the grid."""
     seeds = {name for axis in config.every_axis() if SEED in axis for name in axis}
     members: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
     for cell in cells:
-        if cell.address in done:
-            key = tuple((name, repr(value)) for name, value in cell.values.items() if name not in seeds)
-            members.setdefault(key, []).append(cell)
+        key = tuple((name, repr(value)) for name, value in cell.values.items() if name not in seeds)
+        members.setdefault(key, []).append(cell)
+    return list(members.values())
+
+
+def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -> list[CellGroup]:
+    """Returns the groups of the finished cells, in the order of the grid."""
+    done, axes = folder.finished(), axes_of(config)
     groups = []
-    for some in members.values():
+    for every in by_setting(config, cells):
+        some = [cell for cell in every if cell.address in done]
+        if not some:
+            continue
         own = some[0].values
         values = {n: own[a.setting] for n, a in axes.items() if a.setting in own and n != SEED}
         common, played = _note(values), ""
@@ -91,6 +105,7 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
                 group=Group(runs, ", ".join(filter(None, (played, common)))),
                 costs=[result["costs"] for result in results],
                 addresses=[cell.address for cell in some],
+                num_cells=len(every),
             )
         )
     return groups

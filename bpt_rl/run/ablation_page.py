@@ -15,6 +15,7 @@ from bpt_rl.run.ablation_groups import (
     TASK,
     CellGroup,
     axes_of,
+    by_setting,
     families,
     family_title,
     read_groups,
@@ -44,7 +45,7 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     tasks: dict[str, list[CellGroup]] = {}
     for group in groups:
         tasks.setdefault(group.task, []).append(group)
-    sections = [("Cells that are not finished", _unfinished(cells, folder))]
+    sections = [("Cells that are not finished", _unfinished(config, cells, folder))]
     number = 0
     for index, (task, some) in enumerate(tasks.items()):
         own = [
@@ -67,7 +68,9 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     ]
     varied = ", ".join(axis.title for axis in axes if axis.name not in (TASK, SEED))
     title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
-    subtitle = f"{count(len(cells), 'cell')}, {len(runs)} of them finished."
+    missing = sum(not group.is_complete for group in groups)
+    partly = f" {count(missing, 'setting')} with some seeds still missing." if missing else ""
+    subtitle = f"{len(runs)} of {count(len(cells), 'cell')} finished.{partly}"
     page = report_page.page(title, subtitle, verdict(groups, axes), sections)
     write_atomically(folder.page_path, page)
 
@@ -128,18 +131,34 @@ def _cost_cells(group: CellGroup) -> Iterator[str]:
     yield ", ".join(dict.fromkeys(str(cost["device"]) for cost in group.costs))
 
 
-def _unfinished(cells: Sequence[Cell], folder: GridFolder) -> str:
+def _unfinished(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -> str:
     done = folder.finished()
     rows = []
-    for cell in cells:
-        if cell.address not in done:
-            failure = folder.failure(cell.address)
-            words = (failure["error"], str(failure["tries"])) if failure else ("not run yet", "0")
-            rows.append(report_tables.text_row(cell.title, list(words)))
+    for some in by_setting(config, cells):
+        missing = [cell for cell in some if cell.address not in done]
+        if missing:
+            finished = f"{len(some) - len(missing)} of {len(some)}"
+            why = "; ".join(dict.fromkeys(_why(cell, folder) for cell in missing))
+            rows.append(report_tables.text_row(_setting_title(some), [finished, why]))
     if not rows:
         return ""
-    table = report_tables.table("Cells", "plain", ["Cell", "Why", "Tries"], ["".join(rows)])
-    return f"<p>{count(len(rows), 'cell')} of {len(cells)}; the same command tries them again.</p>{table}"
+    left = sum(cell.address not in done for cell in cells)
+    words = (
+        f"{count(left, 'cell')} of {len(cells)} missing; <code>bpt-rl ablate</code> of this grid runs them."
+    )
+    head = ["Setting", "Seeds finished", "Why not the others"]
+    return f"<p>{words}</p>{report_tables.table('Cells', 'plain', head, [''.join(rows)])}"
+
+
+def _setting_title(cells: Sequence[Cell]) -> str:
+    """Returns what cells of one setting have in common, in words."""
+    parts = [cell.title.split(", ") for cell in cells]
+    return ", ".join(part for part in parts[0] if all(part in other for other in parts)) or cells[0].title
+
+
+def _why(cell: Cell, folder: GridFolder) -> str:
+    failure = folder.failure(cell.address)
+    return f"failed {count(failure['tries'], 'time')}: {failure['error']}" if failure else "not run yet"
 
 
 def _versions(groups: Sequence[CellGroup]) -> str:

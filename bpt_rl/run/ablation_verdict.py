@@ -12,10 +12,19 @@ MOST = 12
 
 
 def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
-    """Returns the page's first paragraphs as HTML: the most trajectories against the fewest, then other axes."""
+    """Returns the page's first paragraphs as HTML: the most trajectories against the fewest, then other axes.
+
+    What misses a seed is compared with nothing: intervals over unequal samples do not say the same.
+    """
     if not groups:
         return "<p>No cell of this grid is finished, so nothing can be said of it.</p>"
-    sentences = [*(_of_count(family) for family in families(groups)), *_of_others(groups, axes)]
+    whole = [group for group in groups if group.is_complete]
+    left_out = _left_out(groups)
+    sentences = [*(_of_count(family) for family in families(whole)), *_of_others(whole, axes)]
+    if not sentences and left_out:
+        return (
+            f"<p>No two settings of this grid that could be compared have all their seeds yet.</p>{left_out}"
+        )
     if not sentences:
         return "<p>This grid compares nothing: each of its axes has one value. The returns stand below.</p>"
     left = len(sentences) - MOST
@@ -24,7 +33,19 @@ def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
         "Each interval is one of 95%: of twenty comparisons of things that do not differ, one is expected to say that "
         f"they do.{more}"
     )
-    return "".join(f"<p>{sentence}</p>" for sentence in sentences[:MOST]) + f'<p class="note">{note}</p>'
+    told = "".join(f"<p>{sentence}</p>" for sentence in sentences[:MOST])
+    return f'{told}<p class="note">{note}</p>{left_out}'
+
+
+def _left_out(groups: Sequence[CellGroup]) -> str:
+    """Returns which finished cells the verdict does not speak of, as HTML; nothing if it speaks of all."""
+    some = [
+        f"{group.task}, {group.group.title} ({len(group.addresses)} of {group.num_cells} seeds)"
+        for group in groups
+        if not group.is_complete
+    ]
+    words = html.escape("; ".join(some))
+    return f'<p class="note">Not compared, since seeds are missing: {words}.</p>' if some else ""
 
 
 def _of_count(family: Sequence[CellGroup]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bpt_rl import config_toml
-from bpt_rl.ablate_config import GridConfig
+from bpt_rl.ablate_config import AblateConfig, GridConfig
 from bpt_rl.config import DataConfig, EvaluateConfig, TrainConfig
 from bpt_rl.run.ablate import ablate, describe_result
 from bpt_rl.run.cell import train_and_evaluate
@@ -280,6 +280,15 @@ def test_the_command_line_tells_what_would_run_and_what_is_done(made_up, stubs, 
 
     ablate(config, inline(stubs.play))
     assert "4 cells of 4 trainings; 0 are missing" in cli.succeed(f"ablate {path} --dry-run")
+    # Of what is finished a page can be had at any time, and nothing is started.
+    kept = next((tmp_path / "grid" / "results").glob("*.json"))
+    kept.rename(tmp_path / kept.name)
+    out = cli.succeed(f"ablate {path} --report-only")
+    assert out.startswith("3 of 4 cells are finished.")
+    assert "3 of 4 cells finished" in (tmp_path / "grid" / "ablation.html").read_text()
+    (tmp_path / kept.name).rename(kept)
+    with pytest.raises(ValueError, match="dry_run and report_only together"):
+        AblateConfig(dry_run=True, report_only=True)
     # Nothing is missing, so nothing is started.
     assert cli.succeed(f"ablate {path}").startswith("4 of 4 cells are finished.")
     assert len(played(tmp_path)) == 4

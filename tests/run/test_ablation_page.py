@@ -12,7 +12,7 @@ import pytest
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import DataConfig, TrainConfig
 from bpt_rl.run import protocols, statistics
-from bpt_rl.run.ablate import ablate
+from bpt_rl.run.ablate import ablate, report
 from bpt_rl.run.ablation_contrast import contrast
 from bpt_rl.run.ablation_groups import COUNT, axes_of, families, read_groups
 from bpt_rl.run.launchers import InlineLauncher
@@ -180,6 +180,58 @@ def test_of_a_mixture_the_episodes_played_are_the_number_of_trajectories(store_p
     assert titles[0] == "Agentic Transformer, 4 trajectories, 1 episode"
     shown = words(found.folder.page_path.read_text())
     assert "On cartpole_balance, Agentic Transformer, 4 trajectories against 1: last +" in shown
+
+
+def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares_what_is_whole(
+    store_path, tmp_path, stubs
+):
+    counts, seeds = (1, 2, 4, 8), (0, 1, 2)
+    axes = {"train.data.num_trajectories": counts, "train.seed": seeds}
+    config = grid_of(store_path, tmp_path, axes=axes)
+    whole = ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    cells = {(c.train.data.num_trajectories, c.train.seed): c for c in whole.cells}
+    before = whole.folder.page_path.read_text()
+    # 2 lacks one seed, 8 lacks two and 4 none: as if someone had stopped it.
+    for key in ((2, 0), (8, 1), (8, 2)):
+        (tmp_path / "results" / f"{cells[key].address}.json").unlink()
+    found = report(config, command="bpt-rl ablate it --report-only")
+    assert (found.num_finished, found.failures) == (9, ())
+    page = words(found.folder.page_path.read_text())
+    assert "9 of 12 cells finished. 2 settings with some seeds still missing." in page
+    assert "3 cells of 12 missing" in page
+    table = found.folder.page_path.read_text().split("<h2>Cells that are not finished</h2>")[1]
+    rows = re.findall(
+        r"<th scope=\"row\">(.*?)</th><td>(.*?)</td><td>(.*?)</td>", table.split("</section>")[0]
+    )
+    assert rows == [
+        ("num_trajectories 2", "2 of 3", "not run yet"),
+        ("num_trajectories 8", "1 of 3", "not run yet"),
+    ]
+    # The most against the fewest of those that have all seeds.
+    verdict = page.split("Not compared, since seeds are missing:")
+    assert "4 trajectories against 1: last +" in verdict[0]
+    assert "8 trajectories" not in verdict[0]
+    assert "Agentic Transformer, 2 trajectories (2 of 3 seeds)" in verdict[1]
+    assert "Agentic Transformer, 8 trajectories (1 of 3 seeds)" in verdict[1]
+    lines = found.folder.table_path.read_text().splitlines()
+    addresses = {row["address"] for row in csv.DictReader(lines)}
+    assert addresses == {cell.address for key, cell in cells.items() if key not in ((2, 0), (8, 1), (8, 2))}
+    # The grid goes on, and ends with the page of one that was never interrupted.
+    ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    assert found.folder.page_path.read_text() == before
+
+
+def test_without_any_whole_setting_nothing_is_compared(store_path, tmp_path, stubs):
+    axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
+    config = grid_of(store_path, tmp_path, axes=axes)
+    with pytest.raises(FileNotFoundError, match="made of finished cells; got none of 4"):
+        report(config)
+    for cell in ablate(config, lambda jobs: InlineLauncher(stubs.play)).cells:
+        if cell.train.seed == 1:
+            (tmp_path / "results" / f"{cell.address}.json").unlink()
+    page = words(report(config).folder.page_path.read_text())
+    assert "No two settings of this grid that could be compared have all their seeds yet" in page
+    assert "against" not in page.split("Not compared")[0]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
