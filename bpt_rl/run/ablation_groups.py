@@ -58,6 +58,11 @@ class Axis:
         """Its last word, in words."""
         return words_of(self.name)
 
+    @property
+    def varies(self) -> bool:
+        """Whether there is anything to tell apart by it."""
+        return len(self.values) > 1
+
 
 def axes_of(config: GridConfig) -> dict[str, Axis]:
     """Returns the axes of a grid by name; linked settings among which are count, seed or task go by it."""
@@ -90,7 +95,8 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
             continue
         own = some[0].values
         values = {n: own[a.setting] for n, a in axes.items() if a.setting in own and n != SEED}
-        common, played = _note(values), ""
+        varying = {name: value for name, value in values.items() if axes[name].varies}
+        common, played = _note(varying), ""
         if COUNT in values and axes[COUNT].setting == _COUNTS[1]:
             played = count(int(values[COUNT]), "episode")
             if some[0].train.agent not in CHAIN_AGENTS:
@@ -109,6 +115,16 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
             )
         )
     return groups
+
+
+def setting_title(config: GridConfig, cell: Cell) -> str:
+    """Returns the axes along which a cell may differ from others, but for its seed, in words."""
+    told = [
+        f"{axis.title} {cell.values[axis.setting]}"
+        for axis in axes_of(config).values()
+        if axis.name != SEED and axis.varies and axis.setting in cell.values
+    ]
+    return ", ".join(told) or cell.title
 
 
 def families(groups: Sequence[CellGroup]) -> list[list[CellGroup]]:

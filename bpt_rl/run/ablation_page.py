@@ -19,6 +19,7 @@ from bpt_rl.run.ablation_groups import (
     families,
     family_title,
     read_groups,
+    setting_title,
 )
 from bpt_rl.run.ablation_verdict import verdict
 from bpt_rl.run.grid import Cell
@@ -66,7 +67,7 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
         ("Versions", _versions(groups)),
         ("To repeat it", _repeat(config, groups, command)),
     ]
-    varied = ", ".join(axis.title for axis in axes if axis.name not in (TASK, SEED))
+    varied = ", ".join(axis.title for axis in axes if axis.varies and axis.name not in (TASK, SEED))
     title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
     missing = sum(not group.is_complete for group in groups)
     partly = f" {count(missing, 'setting')} with some seeds still missing." if missing else ""
@@ -139,7 +140,7 @@ def _unfinished(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
         if missing:
             finished = f"{len(some) - len(missing)} of {len(some)}"
             why = "; ".join(dict.fromkeys(_why(cell, folder) for cell in missing))
-            rows.append(report_tables.text_row(_setting_title(some), [finished, why]))
+            rows.append(report_tables.text_row(setting_title(config, some[0]), [finished, why]))
     if not rows:
         return ""
     left = sum(cell.address not in done for cell in cells)
@@ -148,12 +149,6 @@ def _unfinished(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
     )
     head = ["Setting", "Seeds finished", "Why not the others"]
     return f"<p>{words}</p>{report_tables.table('Cells', 'plain', head, [''.join(rows)])}"
-
-
-def _setting_title(cells: Sequence[Cell]) -> str:
-    """Returns what cells of one setting have in common, in words."""
-    parts = [cell.title.split(", ") for cell in cells]
-    return ", ".join(part for part in parts[0] if all(part in other for other in parts)) or cells[0].title
 
 
 def _why(cell: Cell, folder: GridFolder) -> str:

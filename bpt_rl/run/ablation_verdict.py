@@ -85,8 +85,9 @@ def _share(by_context: ReportedNumber) -> str:
 
 def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[str]:
     """Yields the last value of each other axis against the first, where all else agrees."""
+    varying = {axis.name: axis.varies for axis in axes}
     for axis in axes:
-        if axis.name in (COUNT, TASK) or len(axis.values) < 2:
+        if axis.name in (COUNT, TASK) or not axis.varies:
             continue
         found: dict[str, list[CellGroup]] = {}
         for group in groups:
@@ -102,7 +103,7 @@ def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[st
             others = [
                 f"{words_of(name)} {value}"
                 for name, value in first.values.items()
-                if name not in (axis.name, TASK)
+                if name not in (axis.name, TASK) and varying.get(name, True)
             ]
             beside = f" ({html.escape(', '.join(others))})" if others else ""
             yield (

@@ -204,8 +204,8 @@ def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares
         r"<th scope=\"row\">(.*?)</th><td>(.*?)</td><td>(.*?)</td>", table.split("</section>")[0]
     )
     assert rows == [
-        ("num_trajectories 2", "2 of 3", "not run yet"),
-        ("num_trajectories 8", "1 of 3", "not run yet"),
+        ("trajectories 2", "2 of 3", "not run yet"),
+        ("trajectories 8", "1 of 3", "not run yet"),
     ]
     # The most against the fewest of those that have all seeds.
     verdict = page.split("Not compared, since seeds are missing:")
