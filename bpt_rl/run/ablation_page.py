@@ -69,8 +69,8 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     ]
     varied = ", ".join(axis.title for axis in axes if axis.varies and axis.name not in (TASK, SEED))
     title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
-    missing = sum(not group.is_complete for group in groups)
-    partly = f" {count(missing, 'setting')} with some seeds still missing." if missing else ""
+    whole, num_settings = sum(group.is_complete for group in groups), len(by_setting(config, cells))
+    partly = f" {whole} of {count(num_settings, 'setting')} have all seeds." if whole < num_settings else ""
     subtitle = f"{len(runs)} of {count(len(cells), 'cell')} finished.{partly}"
     page = report_page.page(title, subtitle, verdict(groups, axes), sections)
     write_atomically(folder.page_path, page)

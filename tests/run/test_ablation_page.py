@@ -197,7 +197,7 @@ def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares
     found = report(config, command="bpt-rl ablate it --report-only")
     assert (found.num_finished, found.failures) == (9, ())
     page = words(found.folder.page_path.read_text())
-    assert "9 of 12 cells finished. 2 settings with some seeds still missing." in page
+    assert "9 of 12 cells finished. 2 of 4 settings have all seeds." in page
     assert "3 cells of 12 missing" in page
     table = found.folder.page_path.read_text().split("<h2>Cells that are not finished</h2>")[1]
     rows = re.findall(
