@@ -14,8 +14,9 @@ from bpt_rl.datasets.chains import Chain, completions
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.chain_cache import CACHE_SPEC, CacheDevices, decode, grow, prefill
 from bpt_rl.nn.context_steps import ChainEnd, empty_steps, end_of, forget_oldest, write_chains
-from bpt_rl.nn.hashed_graph import hashed_graph
+from bpt_rl.nn.hashed_graph import flat_module
 from bpt_rl.nn.normalization import Normalizer
+from bpt_rl.nn.step_packing import pack
 from bpt_rl.nn.trajectory_model import Step
 from bpt_rl.nn.transformer import KeyValueCache
 from bpt_rl.types import PackedBatch
@@ -85,15 +86,14 @@ class CachedPolicy:
         Raises:
           ValueError: If the mesh has more devices than there are, or splits parameters.
         """
-        self._key = None if sample_seed is None else jax.random.key(sample_seed)
-        self._graph = hashed_graph(graph)
         self._normalizer = normalizer
         self._clear_context = clear_context
         self._completion = completion
         self._model = nnx.merge(graph, params)
         self._place = CacheDevices(mesh=mesh or MeshConfig(), model=self._model.config)
         everywhere = self._place.sharding(PartitionSpec())
-        self._params = jax.device_put(params, everywhere) if everywhere else params
+        self._graph, self._params = flat_module(graph, params, everywhere)
+        self._key = None if sample_seed is None else jax.device_put(jax.random.key(sample_seed), everywhere)
         self._tokens_per_step: int = self._model.tokens_per_step
         self._num_episodes = 1 if clear_context else num_episodes
         self._drops = full_context == "drop_oldest" and not clear_context
@@ -220,11 +220,10 @@ class CachedPolicy:
                 f"{num_steps.max()} came. Make the policy with a larger num_episodes, or let it drop_oldest."
             )
         asked = np.asarray(return_to_go, np.float64)
-        inputs = self._inputs(end, observation, asked)
-        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
-        cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
         length = end.num_steps * np.int32(self._tokens_per_step)
-        cache, drawn = decode(self._graph, self._place, self._params, cache, length, inputs, key)
+        packed = pack(self._inputs(end, observation, asked), length, carry.num_calls)
+        cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
+        cache, drawn = decode(self._graph, self._place, self._params, cache, packed, self._key)
         action = np.asarray(drawn)
         now = {"observation": observation, "action": action, "return_to_go": asked}
         _write(carry.record, end.num_steps, now | {"step": end.step, "episode": end.episode})

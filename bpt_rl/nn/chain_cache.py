@@ -25,7 +25,8 @@ from bpt_rl.nn.context_parallel import ContextAxis
 from bpt_rl.nn.dealing import dealt, with_step_before
 from bpt_rl.nn.device_mesh import BATCH_SPEC, CONTEXT, DATA, make_mesh, sharing_of
 from bpt_rl.nn.hashed_graph import HashedGraph
-from bpt_rl.nn.trajectory_model import Step, previous_outcomes
+from bpt_rl.nn.step_packing import key_of, unpack
+from bpt_rl.nn.trajectory_model import previous_outcomes
 from bpt_rl.nn.transformer import KeyValueCache
 from bpt_rl.types import LAYOUTS, PackedBatch
 
@@ -149,8 +150,7 @@ def decode(
     place: CacheDevices,
     params: Any,
     cache: KeyValueCache,
-    length: jax.Array,
-    inputs: Step,
+    packed: Int[Any, "B N"],
     key: jax.Array | None,
 ) -> tuple[KeyValueCache, jax.Array]:
     """Returns the cache with one step more, and the actions of that step.
@@ -160,17 +160,19 @@ def decode(
       place: Where the cache lies.
       params: Of the model.
       cache: Of contexts so far; donated.
-      length: Tokens of each. The caller counts them: to clear a context is to forget how many they were.
-      inputs: Of the step.
-      key: Draws actions; their mean without one.
+      packed: Inputs of the step, and the tokens of each context. The caller counts these: to clear a context is to
+        forget how many they were.
+      key: Draws actions, those of each call with a key of its own; their mean without one.
     """
 
-    def local(params: Any, cache: KeyValueCache, length: jax.Array, inputs: Step) -> Any:
-        return graph.merge(params).decode(inputs, cache._replace(length=length), place.stripes)
+    def local(params: Any, cache: KeyValueCache, packed: jax.Array) -> Any:
+        model = graph.merge(params)
+        step, length = unpack(packed, model.action_dim)
+        return model.decode(step, cache._replace(length=length), place.stripes)
 
-    in_specs, out_specs = (_WHOLE, CACHE_SPECS, ROWS_SPEC, ROWS_SPEC), (ROWS_SPEC, CACHE_SPECS)
-    action, cache = place.over(local, in_specs, out_specs)(params, cache, length, inputs)
-    return cache, action.chosen(key)
+    in_specs, out_specs = (_WHOLE, CACHE_SPECS, ROWS_SPEC), (ROWS_SPEC, CACHE_SPECS)
+    action, cache = place.over(local, in_specs, out_specs)(params, cache, packed)
+    return cache, action.chosen(None if key is None else key_of(key, packed))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

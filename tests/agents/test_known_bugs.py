@@ -11,7 +11,8 @@ from flax import nnx
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn import chain_cache
 from bpt_rl.nn.hashed_graph import hashed_graph
-from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
+from bpt_rl.nn.step_packing import num_columns
+from bpt_rl.nn.trajectory_model import TrajectoryModel
 from bpt_rl.types import PackedBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +40,9 @@ def test_a_step_costs_what_its_own_tokens_cost_and_not_the_whole_context_again()
 
     def of_a_step(num_steps):
         cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(1, num_steps))
-        row, index = np.zeros(1, np.float32), np.zeros(1, np.int32)
-        inputs = Step(
-            np.zeros((1, 2), np.float32), row, row, index, index, row, np.zeros((1, 3)), index, index
-        )
+        packed = np.zeros((1, num_columns(3, 2)), np.int32)
         alone = chain_cache.CacheDevices(model=MODEL)
-        lowered = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, index, inputs, None)
+        lowered = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, packed, None)
         return lowered.cost_analysis()["flops"]
 
     def of_the_whole(num_steps):

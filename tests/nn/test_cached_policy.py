@@ -15,7 +15,8 @@ from bpt_rl.nn import chain_cache
 from bpt_rl.nn.cached_policy import CachedPolicy
 from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
-from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
+from bpt_rl.nn.step_packing import num_columns
+from bpt_rl.nn.trajectory_model import TrajectoryModel
 from bpt_rl.types import LAYOUTS, DataStatistics, Trajectory
 
 EPISODE_STEPS = 5
@@ -219,12 +220,9 @@ def test_a_step_is_written_into_the_cache_that_was_given(make):
     config = dataclasses.replace(MODEL, layout="fused", num_kv_heads=2)
     graph, params = make(config)
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(2, 2**20))
-    row, index = np.zeros(2, np.float32), np.zeros(2, np.int32)
-    inputs = Step(np.zeros((2, 2), np.float32), row, row, index, index, row, OBSERVATION[0], index, index)
+    packed = np.zeros((2, num_columns(3, 2)), np.int32)
     alone = chain_cache.CacheDevices(model=config)
-    compiled = chain_cache.decode.lower(
-        hashed_graph(graph), alone, params, cache, index, inputs, None
-    ).compile()
+    compiled = chain_cache.decode.lower(hashed_graph(graph), alone, params, cache, packed, None).compile()
     memory, arrays = compiled.memory_analysis(), (*cache.keys, *cache.values)
     num_bytes = 4 * arrays[0].size
     assert memory.alias_size_in_bytes >= num_bytes * len(arrays)

@@ -20,7 +20,8 @@ from bpt_rl.nn.chain_cache import CACHE_SPEC, CacheDevices
 from bpt_rl.nn.device_mesh import DATA
 from bpt_rl.nn.hashed_graph import hashed_graph
 from bpt_rl.nn.normalization import Normalizer
-from bpt_rl.nn.trajectory_model import Step, TrajectoryModel
+from bpt_rl.nn.step_packing import num_columns
+from bpt_rl.nn.trajectory_model import TrajectoryModel
 from bpt_rl.types import LAYOUTS, PackedBatch, Trajectory
 
 pytestmark = pytest.mark.devices(8)
@@ -193,6 +194,25 @@ def test_what_is_acted_on_depends_on_what_the_context_began_with(played, make):
     assert np.abs(other - played("fused", "forgetting", None)[0]).max() > 0.01
 
 
+def test_drawn_actions_of_shared_chains_are_those_of_one_device(make):
+    graph, params = make(dataclasses.replace(model_config("fused"), action_distribution="gaussian"))
+
+    def drawn(**settings):
+        options = {"num_episodes": 1, "clear_context": False, "completion": "per_step"}
+        policy = CachedPolicy(graph, params, NORMALIZER, **options, **settings)
+        carry, actions = policy.start(4), []
+        for _ in range(2):
+            carry, action = policy.act(carry, np.ones((4, 3)), np.ones(4))
+            carry = policy.observe(carry, np.zeros(4), np.zeros(4, bool))
+            actions.append(action)
+        return np.stack(actions)
+
+    shared = drawn(sample_seed=3, mesh=MeshConfig(data=2, context=2))
+    np.testing.assert_allclose(shared, drawn(sample_seed=3), atol=1e-5)
+    # Rows see the same: what tells them apart is their noise.
+    assert np.abs(shared - shared[:, :1]).max(axis=(1, 2)).min() > 0.01
+
+
 def lowered(make, mesh, num_steps, num_rows=2):
     """Returns the compiled programs of a step and of filling contexts in, and the bytes of a layer's keys."""
     # A key head for each query head: grouped, a CPU turns the keys of a layer round before it multiplies them.
@@ -205,9 +225,8 @@ def lowered(make, mesh, num_steps, num_rows=2):
 
     cache = jax.eval_shape(lambda: nnx.merge(graph, params).init_cache(num_rows, num_steps))
     cache = jax.tree.map(lambda x: abstract(x.shape, x.dtype, CACHE_SPEC if x.ndim == 4 else P(DATA)), cache)
-    row, index = abstract((num_rows,)), abstract((num_rows,), np.int32)
-    inputs = Step(abstract((num_rows, 2)), row, row, index, index, row, abstract((num_rows, 3)), index, index)
-    step = chain_cache.decode.lower(hashed_graph(graph), devices, params, cache, index, inputs, None)
+    index, packed = abstract((num_rows,), np.int32), abstract((num_rows, num_columns(3, 2)), np.int32)
+    step = chain_cache.decode.lower(hashed_graph(graph), devices, params, cache, packed, None)
     numbers, kinds = abstract((num_rows, num_steps)), abstract((num_rows, num_steps), np.int32)
     wide = [abstract((num_rows, num_steps, size)) for size in (3, 2)]
     batch = PackedBatch(*wide, numbers, numbers, numbers, kinds, kinds, None, numbers)
