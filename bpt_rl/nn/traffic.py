@@ -10,6 +10,9 @@ from bpt_rl.config import Activations
 from bpt_rl.nn.memory_plan import attention_passes
 from bpt_rl.nn.workload import FLOAT32, Workload
 
+MATRICES = 6
+"""Of a layer: queries, keys, values, output, and the feedforward's two."""
+
 Collective = Literal["collective-permute", "all-to-all", "all-gather", "reduce-scatter", "all-reduce"]
 Axis = Literal["data", "fsdp", "context"]
 
@@ -108,14 +111,15 @@ def _matrices(work: Workload, activations: Activations) -> list[Transfer]:
     layers = work.accumulation * model.num_layers
     passes = 1 + (activations != "keep") + (model.layer_groups > 1)
 
-    def split(purpose: str, collective: Collective, count: int) -> Transfer:
+    def split(purpose: str, collective: Collective, num_layers: int) -> Transfer:
         return Transfer(
             purpose=purpose,
             collective=collective,
             axes=("fsdp",),
             num_devices=work.share.fsdp,
-            count=count,
-            num_bytes=FLOAT32 * work.layer_parameters,
+            count=num_layers * MATRICES,
+            # On average.
+            num_bytes=FLOAT32 * work.layer_parameters // MATRICES,
         )
 
     return [

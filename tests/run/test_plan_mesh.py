@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import numpy as np
@@ -15,10 +16,11 @@ from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.memory_plan import count_flops, plan_memory
 from bpt_rl.nn.traffic import step_traffic
 from bpt_rl.nn.workload import StepShare, Workload
+from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.bench_collectives import read_collectives
 from bpt_rl.run.bench_subject import agent_subject
 from bpt_rl.run.devices import H100
-from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step
+from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step, rows_of_task
 from bpt_rl.run.plan_text import describe
 from bpt_rl.run.step import compile_step
 from bpt_rl.run.step_time import call_seconds, devices_in_host, exposed_seconds
@@ -159,10 +161,10 @@ def test_devices_share_rows_tokens_and_matrices_evenly(level):
     for share in ({"context": 8}, {"data": 2, "context": 4}, {"fsdp": 4, "context": 2}):
         shared = dataclasses.replace(alone, share=StepShare(**share))
         part = plan_memory(shared, level)
-        by_tokens = 8 if level != "keep" or "fsdp" not in share else None
-        if by_tokens:
-            assert (part.kept, part.host) == (whole.kept // 8, whole.host // 8)
         split, fsdp = 24 * 12 * 1024**2, share.get("fsdp", 1)
+        # Where all is kept, so are the gathered matrices.
+        gathered = 2 * split if fsdp > 1 and level == "keep" else 0
+        assert (part.kept, part.host) == (whole.kept // 8 + gathered, whole.host // 8)
         assert part.parameters == 4 * (303_109_126 - split + split // fsdp)
         assert part.optimizer == 2 * part.parameters
         # Of a layer, and of what all-to-alls and gathered matrices hold besides, a part of each device's own.
@@ -170,6 +172,15 @@ def test_devices_share_rows_tokens_and_matrices_evenly(level):
         # Half of the pairs of queries and keys, whoever has them.
         assert 8 * count_flops(shared, level).attention == flops.attention
         assert 8 * count_flops(shared, level).matrices == flops.matrices
+
+
+def test_what_crossing_devices_holds_is_added_to_what_a_device_would_hold_alone():
+    alone = plan_memory(workload(131_072), "recompute").layer
+    gathered = plan_memory(workload(131_072, num_rows=4, fsdp=4), "recompute").layer - alone
+    # A layer's matrices before they are cast, and their gradients after.
+    assert gathered == 2 * 4 * 12 * 1024**2
+    heads = plan_memory(workload(8 * 131_072, context=8), "recompute").layer - alone
+    assert heads == 131_072 * 3 * 2 * 1024
 
 
 def test_rows_are_padded_to_two_chunks_of_steps_a_device():
@@ -317,6 +328,29 @@ def test_more_devices_hold_longer_rows_and_take_less_time():
     assert all(fewer > 1.7 * more for fewer, more in itertools.pairwise(seconds))
 
 
+def test_auto_keeps_what_fits_the_devices_that_share_a_step():
+    model = dataclasses.replace(LARGE, activations="auto")
+    chosen = {}
+    for count in (1, 8):
+        config = large(model=model, tokens=1_048_576, mesh=MeshConfig(context=count, attention="ulysses"))
+        rows = rows_of_task(config)
+        assert (rows.num_rows, rows.context_length) == (1, 1_048_576)
+        choice = choose_activations(config, rows, device=H100)
+        level = make_plan(config).level(choice.activations)
+        assert f"{level.memory.device / GIB:.1f} GiB of 75.7 GiB" in choice.reason
+        chosen[count] = choice.activations
+    assert chosen == {1: "offload_attention", 8: "save_attention"}
+
+
+def test_matrices_of_a_layer_are_gathered_one_by_one_and_again_where_they_are_not_kept():
+    shared = workload(8192, num_rows=4, fsdp=4)
+    for level, passes in (("keep", 1), ("save_attention", 2), ("recompute", 2)):
+        gathered, summed, rest = step_traffic(shared, level)
+        assert gathered.count * gathered.num_bytes == passes * 24 * 4 * 12 * 1024**2
+        assert gathered.count == passes * summed.count == passes * 24 * 6
+        assert rest.num_bytes == 4 * (303_109_126 - 24 * 12 * 1024**2)
+
+
 def test_what_devices_cannot_share_is_not_planned(cli):
     plan = "plan at_350m --device h100"
     assert "got 4 rows for 1 * 8" in cli.refuse(f"{plan} --data.batch-size 4 --mesh.fsdp 8")
@@ -328,13 +362,20 @@ def test_a_host_and_a_processor_are_shared_by_the_devices_that_they_have():
     assert H100.one_of(16).memory == H100.memory
     roomy = dataclasses.replace(H100, host_memory=800 * GIB)
     assert [roomy.one_of(count).host_memory // GIB for count in (1, 2, 16)] == [800, 400, 100]
+    plan = make_plan(large(host_gib=80, mesh=MeshConfig(context=8)))
+    assert plan.device.host_memory == 10 * GIB
+    assert "Host: 10.0 GiB for each device." in describe(plan)
     processor = dataclasses.replace(H100, is_host=True)
     assert processor.one_of(4).memory == H100.memory // 4
 
 
 def test_ways_out_of_a_mesh_are_of_that_mesh():
-    config = large(tokens=0, mesh=MeshConfig(fsdp=2), data=DataConfig(num_trajectories=128, batch_size=8))
-    config = dataclasses.replace(config, model=dataclasses.replace(LARGE, num_layers=96, embed_dim=2048))
-    said = describe(make_plan(dataclasses.replace(config, host_gib=1)))
+    data = DataConfig(num_trajectories=32, batch_size=30)
+    config = large(tokens=0, mesh=MeshConfig(fsdp=3, data=2), data=data, host_gib=1)
+    model = dataclasses.replace(LARGE, num_layers=96, embed_dim=1536, num_heads=12)
+    plan = make_plan(dataclasses.replace(config, model=model))
+    said = describe(plan)
     assert "Choice: none" in said
     assert "optimizer.place" not in said
+    rows = int(re.search(r"At most (\d+) of 30 rows", said).group(1))
+    assert rows % 6 == 0
