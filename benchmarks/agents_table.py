@@ -28,6 +28,8 @@ seeds. `first, last, mean, max`: episodes of a context that is kept. `memoryless
 cleared before each episode. `null max`: the largest of as many such episodes as a chain has, by luck alone. Agents with
 one episode in context are read by their mean. All tasks: interquartile mean over seeds and tasks, where no cell is
 missing; 0 is the random policy's mean and 1 the data's best episode; its interval is a bootstrap over seeds.
+Differences are paired by seed, of the mean where no protocol is named, and only where no seed is missing; Student's 95%
+intervals, none of them corrected for how many there are.
 """
 TASKS = ("walker_stand", "walker_walk", "walker_run", "cheetah_run", "cartpole_swingup")
 SEEDS = (0, 1, 2)
@@ -68,6 +70,43 @@ AGENTS = (
     Agent(title="AT, n = 4", name="at", num_trajectories=4),
     Agent(title="AT, n = 16", name="at", num_trajectories=16),
 )
+
+
+Reading = tuple[str, str, str]
+"""An agent's title, what is rolled out, and the protocol."""
+
+
+def _kept(agent: str, protocol: str = "mean") -> Reading:
+    return agent, "chain", protocol
+
+
+def _within(agent: str) -> dict[str, tuple[Reading, Reading]]:
+    cleared: Reading = (agent, "memoryless", "mean")
+    return {
+        f"{agent}: last less first": (_kept(agent, "last"), _kept(agent, "first")),
+        "... of its memoryless control": ((agent, "memoryless", "last"), (agent, "memoryless", "first")),
+        f"{agent}: mean less memoryless mean": (_kept(agent), cleared),
+        f"{agent}: max less null max": (_kept(agent, "max"), (agent, "memoryless", "null max")),
+    }
+
+
+DIFFERENCES: Sequence[tuple[str, Reading, Reading]] = (
+    *(
+        (f"{ours} less {theirs}", _kept(ours), _kept(theirs))
+        for ours, theirs in (
+            ("BC-10%", "BC"),
+            ("DT", "BC"),
+            ("AT, n = 1", "BC"),
+            ("AT, n = 1", "BC-10%"),
+            ("AT, n = 4", "AT, n = 1"),
+            ("AT, n = 16", "AT, n = 1"),
+            ("AT, n = 16", "BC"),
+        )
+    ),
+    ("AT, n = 16, last less AT, n = 1", _kept("AT, n = 16", "last"), _kept("AT, n = 1")),
+    *((title, *pair) for agent in ("AT, n = 4", "AT, n = 16") for title, pair in _within(agent).items()),
+)
+"""Of the mean where no protocol is named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +225,36 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def difference(ours: Number | None, theirs: Number | None) -> Number | None:
+    """Returns a difference of each seed; None unless both have all seeds."""
+    if ours is None or theirs is None or not set(ours.by_seed) == set(theirs.by_seed) == set(SEEDS):
+        return None
+    return Number(by_seed={seed: ours.by_seed[seed] - theirs.by_seed[seed] for seed in SEEDS})
+
+
+def difference_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the differences as Markdown."""
+    by_title = {agent.title: agent for agent in AGENTS}
+    lines = [row(["difference", *TASKS]), row(["---"] * (len(TASKS) + 1))]
+    for title, *readings in DIFFERENCES:
+        found = []
+        for task in TASKS:
+            ours, theirs = (
+                number(cells_of(by_title[name], task, cells), rolled_out, protocol)
+                for name, rolled_out, protocol in readings
+            )
+            found.append(difference(ours, theirs))
+        lines.append(row([title, *map(difference_text, found)]))
+    return "\n".join(lines) + "\n"
+
+
+def difference_text(found: Number | None) -> str:
+    if found is None:
+        return DASH
+    low, high = found.interval
+    return f"{found.middle:+.0f} [{low:+.0f}, {high:+.0f}]"
+
+
 def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -253,13 +322,15 @@ def main() -> None:
     cells = read_cells(options.cells)
     found = list(rows(cells))
     head = "Command: `python benchmarks/agents_table.py`. Raw returns of an episode, undiscounted, action repeat 1.\n"
-    records.write_atomically(options.out / "table.md", f"{head}\n{table(cells)}\n{NOTE}")
+    records.write_atomically(
+        options.out / "table.md", f"{head}\n{table(cells)}\n{difference_table(cells)}\n{NOTE}"
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     records.write_atomically(options.out / "table.csv", text.getvalue())
-    print(table(cells))
+    print(f"{table(cells)}\n{difference_table(cells)}")
 
 
 if __name__ == "__main__":

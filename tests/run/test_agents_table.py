@@ -95,6 +95,25 @@ def test_the_protocols_of_a_chain_and_its_two_controls(tool, cells):
     }
 
 
+def test_differences_are_paired_by_seed_and_only_of_whole_sets_of_seeds(tool, cells):
+    ours = tool.Number(by_seed={0: 11.0, 1: 22.0, 2: 36.0})
+    theirs = tool.Number(by_seed={2: 30.0, 0: 10.0, 1: 20.0})
+    found = tool.difference(ours, theirs)
+    assert found.by_seed == {0: 1.0, 1: 2.0, 2: 6.0}
+    assert tool.difference_text(found) == "+3 [-4, +10]"
+    assert tool.difference(ours, tool.Number(by_seed={0: 1.0, 1: 2.0})) is None
+    assert tool.difference(None, theirs) is None
+    better = [
+        record("bc", task, seed, [[62.0 + 10 * seed]], data={**cells[0]["data"], "top_fraction": 0.1})
+        for task in tool.TASKS
+        for seed in tool.SEEDS
+    ]
+    lines = tool.difference_table([*cells, *better]).splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines)
+    assert rows["BC-10% less BC"] == " | ".join(["+2 [+2, +2]"] * 5)
+    assert rows["DT less BC"] == rows["AT, n = 4: last less first"] == " | ".join([tool.DASH] * 5)
+
+
 def test_all_tasks_are_put_on_one_scale_and_only_where_nothing_is_missing(tool, cells):
     scales = [tool.references(task, cells) for task in tool.TASKS]
     assert {(scale.zero, scale.one) for scale in scales} == {(20.0, 120.0)}
