@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,18 +82,22 @@ class Simulators:
         """
         self._require_open()
         for k, payload in enumerate(payloads):
-            self.send_to(k, command, payload)
+            self.send_to([k], command, payload)
 
-    def send_to(self, k: int, command: str, payload: Any) -> None:
-        """Asks process `k` something; `receive_from` must follow, once for each command."""
+    def send_to(self, workers: Sequence[int], command: str, payload: Any) -> None:
+        """Asks some processes the same; `receive_from` must follow for each, once for each command."""
         self._require_open()
-        self._workers[k].unanswered.append((command, payload))
-        try:
-            self._workers[k].connection.send((command, payload))
-        except _CONNECTION_LOST:
-            # Left unanswered, it is sent again by whoever waits for the answer.
-            if self._revival is None:
-                raise self._death(k) from None
+        message = (command, payload)
+        # Once for all of them: the last one waits while the others are told.
+        pickled = pickle.dumps(message)
+        for k in workers:
+            self._workers[k].unanswered.append(message)
+            try:
+                self._workers[k].connection.send_bytes(pickled)
+            except _CONNECTION_LOST:
+                # Left unanswered, it is sent again by whoever waits for the answer.
+                if self._revival is None:
+                    raise self._death(k) from None
 
     def receive(self) -> list[Any]:
         """Returns the reply of every process.
@@ -164,7 +169,7 @@ class Simulators:
         try:
             self._reply(k)
             for message in (self._revival(k), *worker.unanswered):
-                worker.connection.send(message)
+                worker.connection.send_bytes(pickle.dumps(message))
             self._reply(k)
         except _CONNECTION_LOST:
             self._revive(k)
@@ -201,7 +206,7 @@ def _work(connection: Connection, make: Callable[..., Answer], group: Int[np.nda
             answer = make(group)
             connection.send(("", None))
             while True:
-                command, payload = connection.recv()
+                command, payload = pickle.loads(connection.recv_bytes())
                 connection.send(("", answer(command, payload)))
         except _CONNECTION_LOST:
             raise

@@ -50,6 +50,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._seed = seed
         self._needs_reset = True
         self._pending: list[Part] = []
+        self._workers: dict[Part, list[int]] = {}
         self._chain = np.arange(num_environments)
         self._episode = np.full(num_environments, -1)
         self._played: list[list[Float[np.ndarray, "A"]]] = [[] for _ in range(num_environments)]
@@ -141,8 +142,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             )
         self._action[part.first :: part.stride] = actions
         self._pending.append(part)
-        for k in self._workers_of(part):
-            self._simulators.send_to(k, "step", part)
+        self._simulators.send_to(self._workers_of(part), "step", part)
 
     def receive(self, part: Part = ALL) -> Step:
         """Returns what the step of a part has led to; parts are received in the order they were sent."""
@@ -167,8 +167,11 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._simulators.close()
 
     def _workers_of(self, part: Part) -> list[int]:
-        groups = self._simulators.groups
-        return [k for k, group in enumerate(groups) if (group % part.stride == part.first).any()]
+        # Found once: it takes as long as to tell a process of a step.
+        if part not in self._workers:
+            groups = enumerate(self._simulators.groups)
+            self._workers[part] = [k for k, group in groups if (group % part.stride == part.first).any()]
+        return self._workers[part]
 
     def _moments(self, group: Int[np.ndarray, "n"]) -> list[Moment]:
         return [
