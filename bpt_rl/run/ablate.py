@@ -110,9 +110,9 @@ def report(config: GridConfig, *, command: str = "") -> GridResult:
             f"Tables and a page are made of finished cells; got none of {len(cells)} in {folder.path}. "
             "Run the grid first, without --report-only, or name its folder with --out."
         )
-    # Not stamped: more cells may be finished between two looks, and the grid writes its own at its end.
-    folder.write_stamp("")
     _write(config, cells, folder, command)
+    # Last: a grid that ended meanwhile has stamped a page that this one lies over by now.
+    folder.write_stamp("")
     return GridResult(cells=cells, folder=folder, num_finished=num_finished, failures=())
 
 

@@ -219,6 +219,11 @@ def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares
     # The grid goes on, and ends with the page of one that was never interrupted.
     ablate(config, lambda jobs: InlineLauncher(stubs.play))
     assert found.folder.page_path.read_text() == before
+    # A finished grid writes its page anew where that of another grid lies.
+    report(dataclasses.replace(config, axes={**axes, "train.data.num_trajectories": (1, 8)}))
+    assert found.folder.page_path.read_text() != before
+    ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    assert found.folder.page_path.read_text() == before
 
 
 def test_without_any_whole_setting_nothing_is_compared(store_path, tmp_path, stubs):
