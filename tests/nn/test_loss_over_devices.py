@@ -195,7 +195,7 @@ def test_a_device_of_a_ring_holds_its_share_and_sends_no_more_than_keys():
     found = re.findall(
         r" (collective-permute|all-to-all|all-gather|reduce-scatter)(?:-start)?\(", shared.as_text()
     )
-    # Keys and values, as one array, set out and go on: forward, again, and backward, where the compiler sets out once for the last
-    # two; their gradients go on in the loop, behind it, and home. Before all that, steps go to where they belong, in
-    # two halves, and the last of each part to the next device.
+    # Keys and values, as one array, set out and go on: forward, again, and backward, where the compiler sets out once
+    # for the last two; their gradients go on in the loop, behind it, and home. Before all that, steps go to where they
+    # belong, in two halves, and the last of each part to the next device.
     assert collections.Counter(found) == {"collective-permute": 2 + 2 + 2 - 1 + 3 + 2 + 1}

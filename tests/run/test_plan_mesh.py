@@ -20,6 +20,7 @@ from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.bench_collectives import read_collectives
 from bpt_rl.run.bench_subject import agent_subject
 from bpt_rl.run.devices import H100
+from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
 from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step, rows_of_task
 from bpt_rl.run.plan_text import describe
 from bpt_rl.run.step import compile_step
@@ -340,6 +341,22 @@ def test_auto_keeps_what_fits_the_devices_that_share_a_step():
         assert f"{level.memory.device / GIB:.1f} GiB of 75.7 GiB" in choice.reason
         chosen[count] = choice.activations
     assert chosen == {1: "offload_attention", 8: "save_attention"}
+
+
+def test_what_no_device_of_the_mesh_can_hold_is_refused_before_it_begins():
+    def watch(count):
+        mesh = MeshConfig(context=count, attention="ulysses")
+        model = dataclasses.replace(LARGE, activations="recompute")
+        config = large(model=model, tokens=4_194_304, mesh=mesh)
+        return MemoryWatch(config=config, rows=rows_of_task(config), device=H100)
+
+    watch(8).refuse_what_is_far_beyond()
+    with pytest.raises(OutOfMemoryError, match=r"H100 80GB HBM3 has 75\.7 GiB\. Ways out"):
+        watch(1).refuse_what_is_far_beyond()
+    with pytest.raises(OutOfMemoryError) as stopped, watch(2).over("in step 1"):
+        raise MemoryError("gone")
+    level = make_plan(watch(2).config).level("recompute")
+    assert f"takes {level.memory.device / GIB:.1f} GiB by the plan" in str(stopped.value)
 
 
 def test_matrices_of_a_layer_are_gathered_one_by_one_and_again_where_they_are_not_kept():
