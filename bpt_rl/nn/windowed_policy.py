@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from bpt_rl.datasets.chains import Chain, completions
 from bpt_rl.nn.context_steps import empty_steps
-from bpt_rl.nn.hashed_graph import HashedGraph, hashed_graph
+from bpt_rl.nn.hashed_graph import HashedGraph, flat_module
 from bpt_rl.nn.normalization import Normalizer
 from bpt_rl.nn.trajectory_model import ActionDistribution, TrajectoryModel
 from bpt_rl.types import PackedBatch
@@ -36,13 +36,14 @@ def _last_action(
     params: Any,
     window: PackedBatch,
     last: jax.Array,
-    key: jax.Array | None,
+    key: tuple[jax.Array, Any] | None,
 ) -> jax.Array:
     predicted = graph.merge(params)(window)
     action = ActionDistribution(
         *(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0] for x in predicted)
     )
-    return action.chosen(key)
+    # Folded in here: by itself it would be two calls more.
+    return action.chosen(None if key is None else jax.random.fold_in(*key))
 
 
 class WindowedPolicy:
@@ -72,8 +73,7 @@ class WindowedPolicy:
           sample_seed: Draw actions from the Gaussian head; their mean if None.
         """
         self._key = None if sample_seed is None else jax.random.key(sample_seed)
-        self._graph = hashed_graph(graph)
-        self._params = params
+        self._graph, self._params = flat_module(graph, params)
         self._normalizer = normalizer
         self._num_steps = window
         self._completion = completion
@@ -126,7 +126,7 @@ class WindowedPolicy:
         for name, value in now.items():
             fields[name][rows, last] = value
         window = PackedBatch(**fields)
-        key = None if self._key is None else jax.random.fold_in(self._key, carry.num_calls)
+        key = None if self._key is None else (self._key, carry.num_calls)
         action = np.asarray(_last_action(self._graph, self._params, self._normalizer(window), last, key))
         window.action[rows, last] = action
         carry = carry._replace(
