@@ -96,6 +96,8 @@ DIFFERENCES: Sequence[tuple[str, Reading, Reading]] = (
         for ours, theirs in (
             ("BC-10%", "BC"),
             ("DT", "BC"),
+            ("TD3+BC", "BC"),
+            ("TD3", "BC"),
             ("AT, n = 1", "BC"),
             ("AT, n = 1", "BC-10%"),
             ("AT, n = 4", "AT, n = 1"),
