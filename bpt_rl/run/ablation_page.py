@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from bpt_rl import config_toml
@@ -46,7 +46,9 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     tasks: dict[str, list[CellGroup]] = {}
     for group in groups:
         tasks.setdefault(group.task, []).append(group)
-    sections = [("Cells that are not finished", _unfinished(config, cells, folder))]
+    # Not asked of the folder again: another process may finish a cell between two looks.
+    done = {address for group in groups for address in group.addresses}
+    sections = [("Cells that are not finished", _unfinished(config, cells, folder, done))]
     number = 0
     for index, (task, some) in enumerate(tasks.items()):
         own = [
@@ -132,8 +134,7 @@ def _cost_cells(group: CellGroup) -> Iterator[str]:
     yield ", ".join(dict.fromkeys(str(cost["device"]) for cost in group.costs))
 
 
-def _unfinished(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -> str:
-    done = folder.finished()
+def _unfinished(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, done: Container[str]) -> str:
     rows = []
     for some in by_setting(config, cells):
         missing = [cell for cell in some if cell.address not in done]
