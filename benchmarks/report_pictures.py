@@ -228,7 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             browser.run(
                 f"[...document.querySelectorAll('h2')].find((h) => h.textContent === {heading})?.scrollIntoView()"
             )
-            suffix = f"_{options.section.split(',')[0].lower().replace(' ', '_')}" if options.section else ""
+            suffix = (
+                f"_{options.section.split(',')[0].lower().replace(':', '').replace(' ', '_')}"
+                if options.section
+                else ""
+            )
             path = options.out / f"report{suffix}_{device}_{theme}.png"
             save_small(browser.picture(), path)
             print(path)
