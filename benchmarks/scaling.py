@@ -208,6 +208,7 @@ def most_of(count, tokens, config, num_parameters):
 
 def checks(folder):
     """Yields the steps measured on H100s of which there are records, beside their plans."""
+    num_parameters = {}
     for path in sorted(folder.rglob("*.json")):
         record = json.loads(path.read_text())
         is_step = isinstance(record, dict) and record.get("bench") == "step"
@@ -215,6 +216,8 @@ def checks(folder):
         if not is_step or not record["device"].startswith(H100.name) or path.name.startswith("loss_"):
             continue
         config = config_toml.from_mapping(TrainConfig, record["config"]["train"])
+        if config.model not in num_parameters:
+            num_parameters[config.model] = parameters_of(config)
         for row in record["rows"]:
             if (
                 row["step_seconds"] is None
@@ -228,6 +231,7 @@ def checks(folder):
                 config.mesh,
                 row["tokens"],
                 num_rows=row["num_rows"],
+                num_parameters=num_parameters[config.model],
             )
             level = plan.level(row["activations"])
             yield Check(

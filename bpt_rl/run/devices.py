@@ -9,16 +9,20 @@ from bpt_rl.datasets import capacity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Operations a second of a card's kernels, and bytes a second between it and its host."""
+    """Operations a second of a card's kernels, and bytes a second in its memory and between it and its host."""
 
-    attention: float
-    """cuDNN's causal attention, heads of 128, two products forward and five backward, of the causal half."""
+    attention_forward: float
+    """cuDNN's causal attention, heads of 128: two products of the causal half."""
+    attention_backward: float
+    """Its gradients: five products."""
     blockwise: float
     """Attention in plain JAX, of the same products."""
     matrices: float
     """A large bfloat16 matrix product."""
     host: float
     """Bytes of activations moved there and back, by the seconds that a step takes longer for it: they hide in part."""
+    memory: float
+    """Bytes read and written in the card's own memory, together, by a copy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +90,18 @@ H100 = Device(
     name="NVIDIA H100 80GB HBM3",
     # 81,559 MiB as nvidia-smi counts them, at XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
     memory=int(0.95 * 81_559 * 2**20),
-    # Measured by this project on one card; attention at 131,072 tokens, transfers in steps of 32,768 and 131,072;
-    # blockwise in a step of 65,536, where it does 9 products of 10.
-    rates=Rates(attention=564e12, blockwise=31e12, matrices=790e12, host=75e9),
+    # Measured by this project on one card; attention at 131,072 and 524,288 tokens beside five steps (means of 513 to
+    # 589 and 508 to 545 TFLOP/s; the gradients of 32,768 tokens ran at 585); transfers in steps of 32,768 and 131,072;
+    # blockwise in a step of 65,536, where it does 9 products of 10; memory by copies of a GiB beside decoding, 2.87 to
+    # 2.92 TB/s.
+    rates=Rates(
+        attention_forward=569e12,
+        attention_backward=520e12,
+        blockwise=31e12,
+        matrices=790e12,
+        host=75e9,
+        memory=2.9e12,
+    ),
     # Inside a host measured by this project between two cards (`benchmarks/links.py`): rates of arrays of 512 MiB, and
     # what one of 16 MiB takes longer; NVLink 4 has 450 GB/s each way. Between hosts not measured: InfiniBand NDR has
     # 400 Gb/s a card, of which nine tenths are taken.

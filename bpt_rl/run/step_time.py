@@ -1,4 +1,4 @@
-"""The seconds of a training step at the rates of kernels and links, turn by turn where a ring sends while it attends.
+"""The seconds of a training step at the rates of kernels, memory and links; of a ring, turn by turn.
 
 Devices are numbered with the context axis innermost, then fsdp, then data, so that what is sent most often stays inside
 a host. One array that a turn of a ring sends goes beside what the turn attends to, and is waited for where it takes
@@ -14,14 +14,16 @@ from bpt_rl.nn.memory_plan import Flops, MemoryPlan, attention_passes
 from bpt_rl.nn.traffic import Axis, Transfer
 from bpt_rl.nn.workload import FLOAT32, StepShare, Workload
 from bpt_rl.run.devices import Links, Rates
+from bpt_rl.run.streamed_bytes import streamed_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step that does nothing but its kernels and transfers."""
+    """Seconds of a step."""
 
     computing: float
-    """Attention, matrix products, and transfers to the host and back, one after another."""
+    """Attention, matrix products, what passes through the device's memory beside them, and transfers to the host and
+    back, one after another."""
     exposed: float
     """Waiting for other devices."""
 
@@ -31,19 +33,33 @@ class StepTime:
         return self.computing + self.exposed
 
 
-def computing_seconds(rates: Rates, work: Workload, flops: Flops, memory: MemoryPlan) -> float:
+def computing_seconds(
+    rates: Rates, work: Workload, activations: Activations, flops: Flops, memory: MemoryPlan
+) -> float:
     """Returns the seconds of a device's kernels and of its transfers to the host and back."""
     moments = 2 * memory.parameters * work.optimizer_in_host
     # There and back, for each micro-batch.
     moved = 2 * work.accumulation * (memory.host - moments)
     return (
-        flops.attention / attention_rate(rates, work) + flops.matrices / rates.matrices + moved / rates.host
+        attention_seconds(rates, work, activations, flops)
+        + flops.matrices / rates.matrices
+        + streamed_bytes(work, activations) / rates.memory
+        + moved / rates.host
     )
 
 
-def attention_rate(rates: Rates, work: Workload) -> float:
-    """Returns the operations a second of the attention that will run."""
-    return rates.attention if work.implementation == "cudnn" else rates.blockwise
+def attention_seconds(rates: Rates, work: Workload, activations: Activations, flops: Flops) -> float:
+    """Returns the seconds of all attention, forward as often as the level asks for, and backward."""
+    forward, backward = attention_rates(rates, work)
+    products = 2 * attention_passes(work.model, activations)
+    return flops.attention / (products + 5) * (products / forward + 5 / backward)
+
+
+def attention_rates(rates: Rates, work: Workload) -> tuple[float, float]:
+    """Returns the operations a second, forward and backward, of the attention that will run."""
+    if work.implementation == "cudnn":
+        return rates.attention_forward, rates.attention_backward
+    return rates.blockwise, rates.blockwise
 
 
 def exposed_seconds(
@@ -109,7 +125,9 @@ def _ring_seconds(links: Links, rates: Rates, work: Workload, activations: Activ
     calls = work.accumulation * model.num_layers * model.head_groups
     # Operations of a group's heads that one product of a turn's queries and keys has: each turn sees half of the pairs.
     product = work.num_tokens * work.local_length * model.embed_dim // model.head_groups
-    seconds = product / attention_rate(rates, work)
+    forward_seconds, backward_seconds = (
+        count * product / rate for count, rate in zip((2, 5), attention_rates(rates, work), strict=True)
+    )
 
     def hop(size: int) -> float:
         transfer = Transfer(
@@ -124,9 +142,9 @@ def _ring_seconds(links: Links, rates: Rates, work: Workload, activations: Activ
 
     keys, gradients = hop(work.item_bytes), hop(FLOAT32)
     has_keys = activations in ("recompute", "offload") and model.head_groups == 1
-    forward = (num_devices - 1) * max(0.0, keys - 2 * seconds)
+    forward = (num_devices - 1) * max(0.0, keys - forward_seconds)
     # Turns send keys but for the last, and gradients but for the first; of two arrays at a time XLA hides one.
     hiding = [0.0 if has_keys else keys, *[keys] * (num_devices - 2), gradients]
-    waited = sum(max(0.0, sent - 5 * seconds) for sent in hiding)
+    waited = sum(max(0.0, sent - backward_seconds) for sent in hiding)
     waited += (num_devices - 2) * gradients + hop(work.item_bytes)
     return calls * (attention_passes(model, activations) * forward + waited)
