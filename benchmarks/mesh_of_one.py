@@ -52,7 +52,7 @@ class SharedAgent:
         axis = None
         if self._method != "shared":
             axis = ContextAxis(name=CONTEXT, num_devices=1, method=self._method)
-        forced = Sharing(context=axis, has_split_matrices=False)
+        forced = Sharing(context=axis, matrix_axes=())
         with mock.patch.object(over_devices, "sharing_of", lambda *args, **kwargs: forced):
             loss = over_devices.loss_over_devices(
                 self._graph,

@@ -2,10 +2,14 @@
 
 | arrays | data | fsdp | context |
 |---|---|---|---|
-| matrices of layers, and their moments | copied | split by rows | copied |
+| matrices of layers, and their moments | copied | split by rows | split by rows |
 | all other parameters | copied | copied | copied |
 | rows of a batch | split | split | copied |
 | tokens of a row | copied | copied | split |
+
+Each device of fsdp and context together has an equal share of the rows of every matrix, and the whole matrix only while
+its layer computes. Where the widths of the model do not divide among both (`matrix_axes`), devices of fsdp alone split
+them, and each along context has its neighbours' share too.
 
 The caches of chains are split as `bpt_rl.nn.chain_cache` says: chains over data, their tokens over context.
 
@@ -16,7 +20,8 @@ is sent most often stays inside a host.
 import dataclasses
 import functools
 import logging
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +36,10 @@ from bpt_rl.types import PackedBatch
 
 _log = logging.getLogger(__name__)
 
-DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")
+Axis = Literal["data", "fsdp", "context"]
+"""Of a mesh."""
+AXES: tuple[Axis, Axis, Axis] = ("data", "fsdp", "context")
+DATA, FSDP, CONTEXT = AXES
 BATCH_SPEC = PartitionSpec((DATA, FSDP), CONTEXT)
 """Of arrays [B, T, ...], the steps of a row in contiguous parts."""
 
@@ -42,15 +50,16 @@ class Sharing:
 
     context: ContextAxis | None
     """None if this device has whole rows."""
-    has_split_matrices: bool
-    """Whether this device has a part of the layers' matrices."""
+    matrix_axes: tuple[Axis, ...]
+    """Of the mesh, whose devices have a part of the layers' matrices each; none if this device has them whole."""
 
     def gathered(self, layer: Any) -> Any:
         """Returns one layer's parameters with whole matrices; their gradients are summed and split again."""
-        if not self.has_split_matrices:
+        axes = self.matrix_axes
+        if not axes:
             return layer
         return jax.tree.map(
-            lambda leaf: jax.lax.all_gather(leaf, FSDP, axis=0, tiled=True) if leaf.ndim == 2 else leaf, layer
+            lambda leaf: jax.lax.all_gather(leaf, axes, axis=0, tiled=True) if leaf.ndim == 2 else leaf, layer
         )
 
 
@@ -169,20 +178,37 @@ def _padded(leaf: Any, num_steps: int) -> Any:
     return like.pad(leaf, [(0, 0), (0, num_steps), *((0, 0) for _ in leaf.shape[2:])])
 
 
-def parameter_specs(tree: Any) -> Any:
+def matrix_axes(widths: Iterable[int], *, fsdp: int, context: int) -> tuple[Axis, ...]:
+    """Returns the axes of the mesh that split the rows of matrices: both, or fsdp alone where both do not divide.
+
+    Args:
+      widths: Rows of the matrices.
+      fsdp: Devices along that axis, which must divide all widths.
+      context: Devices along that axis.
+    """
+    are_both = all(width % (fsdp * context) == 0 for width in widths)
+    sizes: dict[Axis, int] = {FSDP: fsdp, CONTEXT: context if are_both else 1}
+    return tuple(axis for axis, size in sizes.items() if size > 1)
+
+
+def parameter_specs(tree: Any, mesh: Mesh) -> Any:
     """Returns how parameters, or an optimizer's state of them, are split."""
 
-    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
         # Layers are stacked on the first axis, and their vectors are not worth it.
-        is_matrix = leaf.ndim == 3 and LAYERS in [getattr(key, "key", None) for key in path]
-        return PartitionSpec(None, FSDP) if is_matrix else PartitionSpec()
+        return leaf.ndim == 3 and LAYERS in [getattr(key, "key", None) for key in path]
 
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    widths = [leaf.shape[1] for path, leaf in leaves if is_matrix(path, leaf)]
+    axes = matrix_axes(widths, fsdp=mesh.shape[FSDP], context=mesh.shape[CONTEXT])
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: PartitionSpec(None, axes) if is_matrix(path, leaf) else PartitionSpec(), tree
+    )
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns where parameters, or an optimizer's state of them, lie."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, mesh))
 
 
 def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int) -> Sharing:
@@ -198,19 +224,25 @@ def sharing_of(mesh: MeshConfig, model: ModelConfig, *, num_tokens: int) -> Shar
         if mesh.attention == "auto":
             _log_choice(choice)
         axis = ContextAxis(name=CONTEXT, num_devices=mesh.context, method=choice.method)
-    return Sharing(context=axis, has_split_matrices=mesh.fsdp > 1)
+    axes = matrix_axes(matrix_widths(model), fsdp=mesh.fsdp, context=mesh.context)
+    return Sharing(context=axis, matrix_axes=axes)
+
+
+def matrix_widths(model: ModelConfig) -> tuple[int, int]:
+    """Returns the rows that matrices of layers have: the stream's entries, and the feedforward's."""
+    return model.embed_dim, model.feedforward_dim or 4 * model.embed_dim
 
 
 def check_matrices(mesh: MeshConfig, model: ModelConfig) -> None:
-    """Refuses matrices that the devices of `mesh.fsdp` cannot share.
+    """Refuses matrices that the devices of `mesh.fsdp` cannot share; those of `mesh.context` share what they can.
 
     Raises:
       ValueError: If they cannot.
     """
-    hidden = model.feedforward_dim or 4 * model.embed_dim
-    if model.embed_dim % mesh.fsdp or hidden % mesh.fsdp:
+    stream, hidden = matrix_widths(model)
+    if stream % mesh.fsdp or hidden % mesh.fsdp:
         raise ValueError(
-            f"mesh.fsdp must divide the width of the model and of its feedforward; got {mesh.fsdp}, {model.embed_dim} "
+            f"mesh.fsdp must divide the width of the model and of its feedforward; got {mesh.fsdp}, {stream} "
             f"and {hidden}. Use a divisor, or mesh.data for devices that copy the parameters."
         )
 

@@ -76,7 +76,7 @@ def loss_over_devices(
     shared = jax.shard_map(
         local,
         mesh=devices,
-        in_specs=(parameter_specs(params), BATCH_SPEC, whole),
+        in_specs=(parameter_specs(params, devices), BATCH_SPEC, whole),
         out_specs=whole,
         # Loops inside begin from constants, of which JAX believes that they never differ between devices.
         check_vma=False,

@@ -103,13 +103,13 @@ def _layer_weights(work: Workload) -> int:
     Both are of the compute type. Where devices split them, they are gathered before they are cast, and summed after.
     """
     cast = 2 * work.item_bytes * work.layer_parameters
-    is_gathered = work.share.fsdp > 1 and work.item_bytes < FLOAT32
+    is_gathered = work.matrix_devices > 1 and work.item_bytes < FLOAT32
     return cast + is_gathered * 2 * FLOAT32 * work.layer_parameters
 
 
 def _kept_matrices(work: Workload, activations: Activations) -> int:
     """Returns the bytes of gathered matrices, in the compute type, that are kept until the backward pass."""
-    is_kept = work.share.fsdp > 1 and activations == "keep"
+    is_kept = work.matrix_devices > 1 and activations == "keep"
     return (
         is_kept * work.model.num_layers // work.model.layer_groups * work.item_bytes * work.layer_parameters
     )

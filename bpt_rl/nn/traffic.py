@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 from bpt_rl.config import Activations
+from bpt_rl.nn.device_mesh import AXES, Axis
 from bpt_rl.nn.memory_plan import attention_passes
 from bpt_rl.nn.workload import FLOAT32, Workload
 
@@ -14,7 +15,6 @@ MATRICES = 6
 """Of a layer: queries, keys, values, output, and the feedforward's two."""
 
 Collective = Literal["collective-permute", "all-to-all", "all-gather", "reduce-scatter", "all-reduce"]
-Axis = Literal["data", "fsdp", "context"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def _heads(work: Workload, activations: Activations) -> list[Transfer]:
 
 
 def _matrices(work: Workload, activations: Activations) -> list[Transfer]:
-    """Returns what devices of `fsdp` need of each other's layers, float32."""
+    """Returns what devices that split matrices need of each other's layers, float32."""
     model = work.model
     layers = work.accumulation * model.num_layers
     passes = 1 + (activations != "keep") + (model.layer_groups > 1)
@@ -115,8 +115,8 @@ def _matrices(work: Workload, activations: Activations) -> list[Transfer]:
         return Transfer(
             purpose=purpose,
             collective=collective,
-            axes=("fsdp",),
-            num_devices=work.share.fsdp,
+            axes=work.matrix_axes,
+            num_devices=work.matrix_devices,
             count=num_layers * MATRICES,
             # On average.
             num_bytes=FLOAT32 * work.layer_parameters // MATRICES,
@@ -134,22 +134,19 @@ def _gradients(work: Workload) -> list[Transfer]:
     others = work.num_parameters - matrices
 
     def summed(purpose: str, axes: tuple[Axis, ...], num_parameters: int) -> Transfer:
-        sizes = {"data": share.data, "fsdp": share.fsdp, "context": share.context}
-        num_devices = 1
-        for axis in axes:
-            num_devices *= sizes[axis]
         return Transfer(
             purpose=purpose,
             collective="all-reduce",
             axes=axes,
-            num_devices=num_devices,
+            num_devices=share.devices_along(axes),
             count=work.accumulation,
             num_bytes=FLOAT32 * num_parameters,
         )
 
-    if share.fsdp == 1:
-        return [summed("gradients", ("data", "context"), work.num_parameters)]
+    if not work.matrix_axes:
+        return [summed("gradients", AXES, work.num_parameters)]
+    copies = tuple(axis for axis in AXES if axis not in work.matrix_axes)
     return [
-        summed("gradients of matrices", ("data", "context"), matrices // share.fsdp),
-        summed("gradients of the rest", ("data", "fsdp", "context"), others),
+        summed("gradients of matrices", copies, matrices // work.matrix_devices),
+        summed("gradients of the rest", AXES, others),
     ]

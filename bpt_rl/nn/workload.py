@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.context_parallel import Method, key_repeats
+from bpt_rl.nn.device_mesh import AXES, Axis, matrix_axes, matrix_widths
 from bpt_rl.types import LAYOUTS
 
 FLOAT32 = 4
@@ -26,6 +29,11 @@ class StepShare:
     def num_devices(self) -> int:
         """Devices that train together."""
         return self.data * self.fsdp * self.context
+
+    def devices_along(self, axes: Iterable[Axis]) -> int:
+        """Returns how many devices there are along these axes together."""
+        sizes = dict(zip(AXES, (self.data, self.fsdp, self.context), strict=True))
+        return math.prod(sizes[axis] for axis in axes)
 
     @property
     def row_shares(self) -> int:
@@ -138,12 +146,23 @@ class Workload:
         return self.projection_parameters + self.residual_parameters
 
     @property
+    def matrix_axes(self) -> tuple[Axis, ...]:
+        """Axes of the mesh whose devices split the matrices; none where each has them whole."""
+        share = self.share
+        return matrix_axes(matrix_widths(self.model), fsdp=share.fsdp, context=share.context)
+
+    @property
+    def matrix_devices(self) -> int:
+        """Devices that split the matrices among them."""
+        return self.share.devices_along(self.matrix_axes)
+
+    @property
     def matrix_parameters(self) -> int:
-        """Weights of the matrices of all layers: what devices of `fsdp` split."""
+        """Weights of the matrices of all layers: what devices split."""
         return min(self.model.num_layers * self.layer_parameters, self.num_parameters)
 
     @property
     def local_parameters(self) -> int:
         """Parameters that a device has; all others are whole on each."""
         matrices = self.matrix_parameters
-        return self.num_parameters - matrices + matrices // self.share.fsdp
+        return self.num_parameters - matrices + matrices // self.matrix_devices

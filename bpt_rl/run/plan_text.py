@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from bpt_rl.nn.device_mesh import matrix_widths
 from bpt_rl.run.plan import GIB, Level, Plan
 from bpt_rl.run.ways_out import ways_out
 
@@ -48,8 +49,21 @@ def _mesh_lines(plan: Plan) -> Iterator[str]:
         f"Mesh: data {share.data} x fsdp {share.fsdp} x context {share.context} = {share.num_devices} "
         f"devices{hosts}. All below is of one of them, which has {work.local_rows} x {work.local_length:,} tokens."
     )
+    yield _matrix_line(plan)
     if plan.method:
         yield f"Attention crosses devices by {plan.method}."
+
+
+def _matrix_line(plan: Plan) -> str:
+    work, share = plan.workload, plan.workload.share
+    among = share.fsdp * share.context
+    said = "Matrices of layers are " + (
+        f"split among {work.matrix_devices} devices" if work.matrix_axes else "whole on each"
+    )
+    if work.matrix_devices == among:
+        return f"{said}."
+    stream, hidden = matrix_widths(work.model)
+    return f"{said}: {among} do not divide {stream:,} and {hidden:,}."
 
 
 def _host_line(plan: Plan) -> str:

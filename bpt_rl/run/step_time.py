@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 from bpt_rl.config import Activations
+from bpt_rl.nn.device_mesh import Axis
 from bpt_rl.nn.memory_plan import Flops, MemoryPlan, attention_passes
-from bpt_rl.nn.traffic import Axis, Transfer
+from bpt_rl.nn.traffic import Transfer
 from bpt_rl.nn.workload import FLOAT32, StepShare, Workload
 from bpt_rl.run.devices import Links, Rates
 from bpt_rl.run.streamed_bytes import streamed_bytes

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.mesh_config import MeshConfig
+from bpt_rl.nn.device_mesh import make_mesh, parameter_specs
 from bpt_rl.nn.loss_over_devices import loss_over_devices
 from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss
 from bpt_rl.types import PackedBatch
@@ -61,11 +63,13 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def alone(draw_parameters, drawn):
-    """Returns (graph, parameters, loss, gradient) on one device of a layout; each computed once."""
+    """Returns parameters, loss and gradient on one device of a layout; each computed once."""
 
     @functools.cache
-    def made(layout, has_segments):
-        model = model_config(layout, implementation="reference", activations="keep")
+    def made(layout, has_segments, feedforward_dim=24):
+        model = model_config(
+            layout, implementation="reference", activations="keep", feedforward_dim=feedforward_dim
+        )
         graph, params = draw_parameters(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0)))
         batch = drawn if has_segments else drawn._replace(segment_ids=None)
 
@@ -87,15 +91,11 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "mesh", "has_segments"), MESHES)
-def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, has_segments, drawn, alone):
-    params, expected, expected_gradient = alone(layout, has_segments)
-    batch = drawn if has_segments else drawn._replace(segment_ids=None)
-    model = model_config(layout)
+def assert_alike(model, mesh, batch, params, expected, expected_gradient):
     graph = nnx.graphdef(nnx.eval_shape(lambda: TrajectoryModel(model, 3, 2, 5, nnx.Rngs(0))))
 
     def loss(params, batch):
-        return loss_over_devices(graph, params, batch, None, model=model, mesh=MeshConfig(**mesh))
+        return loss_over_devices(graph, params, batch, None, model=model, mesh=mesh)
 
     got, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -105,6 +105,23 @@ def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, ha
     for (path, leaf), twin in leaves:
         # Both round in float32, but sum in another order.
         assert np.abs(leaf - twin).max() <= 1e-5 * np.abs(twin).max(), path
+
+
+@pytest.mark.parametrize(("layout", "mesh", "has_segments"), MESHES)
+def test_devices_together_have_the_loss_and_the_gradient_of_one(layout, mesh, has_segments, drawn, alone):
+    batch = drawn if has_segments else drawn._replace(segment_ids=None)
+    assert_alike(model_config(layout), MeshConfig(**mesh), batch, *alone(layout, has_segments))
+
+
+def test_matrices_that_all_devices_cannot_share_are_split_by_those_of_fsdp(drawn, alone):
+    """A feedforward of 20 entries: two devices of fsdp can share its rows, two of context too, but not four of it."""
+    params, *expected = alone("fused", False, 20)
+    model, batch = model_config("fused", feedforward_dim=20), drawn._replace(segment_ids=None)
+    for context, axes in ((2, ("fsdp", "context")), (4, ("fsdp",))):
+        mesh = MeshConfig(fsdp=2, context=context, attention="ring")
+        splits = {spec for spec in jax.tree.leaves(parameter_specs(params, make_mesh(mesh))) if spec}
+        assert splits == {PartitionSpec(None, axes)}
+    assert_alike(model, mesh, batch, params, *expected)
 
 
 def test_each_device_draws_dropout_of_its_own(drawn, draw_parameters):
@@ -198,4 +215,10 @@ def test_a_device_of_a_ring_holds_its_share_and_sends_no_more_than_keys():
     # Keys and values, as one array, set out and go on: forward, again, and backward, where the compiler sets out once
     # for the last two; their gradients go on in the loop, behind it, and home. Before all that, steps go to where they
     # belong, in two halves, and the last of each part to the next device.
-    assert collections.Counter(found) == {"collective-permute": 2 + 2 + 2 - 1 + 3 + 2 + 1}
+    # Six matrices of a layer are gathered forward and again, and the sums of their gradients split.
+    permuted = 2 + 2 + 2 - 1 + 3 + 2 + 1
+    assert collections.Counter(found) == {
+        "collective-permute": permuted,
+        "all-gather": 2 * 6,
+        "reduce-scatter": 6,
+    }
