@@ -256,7 +256,7 @@ class TrainConfig:
         if self.mesh.num_devices > 1 and self.optimizer.place == "host":
             raise ValueError(
                 "Several devices keep the optimizer's state among them; got optimizer.place 'host' and mesh "
-                f"{self.mesh}. Use mesh.fsdp to split it, or one device."
+                f"{self.mesh}. Use mesh.context or mesh.fsdp to split it, or one device."
             )
         positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
         not_negative(self, "seed")

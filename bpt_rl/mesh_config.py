@@ -19,7 +19,8 @@ class MeshConfig:
     """Devices that share the rows of a batch and the matrices of the layers, each gathered where it is used; must
     divide model.embed_dim and model.feedforward_dim."""
     context: int = 1
-    """Devices that share each row's tokens."""
+    """Devices that share each row's tokens, and with those of fsdp the matrices of the layers; where both together do
+    not divide these widths, fsdp alone splits them."""
     attention: Literal["auto", "ring", "ulysses"] = "auto"
     """How attention crosses the devices of `context`. ring: keys and values go around; any number of heads. ulysses:
     each device gets the whole row for its share of the heads, which they must divide. auto: by heads, devices and
