@@ -303,7 +303,7 @@ def constants():
 
 
 def page_of(record_rows):
-    parts = [fenced("\n".join(f"{name:<17} {value:.4g}" for name, value in constants().items()))]
+    parts = [fenced("\n".join(f"{name:<18} {value:.4g}" for name, value in constants().items()))]
     for shape, longest in record_rows["longest"].items():
         fitting = [row for row in record_rows["steps"][shape] if row.seconds]
         parts += [
