@@ -109,6 +109,12 @@ def test_bytes_that_pass_through_memory_are_those_of_a_sum_by_hand():
     )
     behind = 2 * (6 + 2 + 2 * 4) * D
     assert streamed_bytes(chunked, "keep") == 8192 * (forward + behind + backward + cuts) + weights
+    # Groups of layers go forward once more, and whole.
+    model = dataclasses.replace(model, num_layers=2)
+    one, two = (
+        dataclasses.replace(work, model=dataclasses.replace(model, layer_groups=count)) for count in (1, 2)
+    )
+    assert streamed_bytes(two, "recompute") - streamed_bytes(one, "recompute") == 2 * 4096 * forward
     sums = dataclasses.replace(work, accumulation=2)
     once = 3 * (4 + 2) * 12 * D**2 + 12 * 200_000 + 4096 * (forward + backward)
     assert streamed_bytes(sums, "keep") == 2 * once + 32 * 200_000
@@ -123,6 +129,13 @@ def test_what_crosses_devices_passes_through_memory_on_its_way():
         found[method] = (streamed_bytes(shared, "save_attention") - alone) / 131_072 / 24 / D
     # Three times queries, keys and values and twice the output, each laid out before and behind its way.
     assert found["ulysses"] == 3 * 4 * 2 * 3 + 2 * 4 * 2
+    again, once = (
+        streamed_bytes(workload(262_144, num_parameters=0, share=StepShare(context=2, method="ring")), level)
+        - streamed_bytes(workload(131_072, num_parameters=0), level)
+        for level in ("recompute", "save_attention")
+    )
+    # Attention that is computed again merges again.
+    assert again - once == 131_072 * 24 * (8 + 2 + 4) * D
     # One turn: the merged output and the keys cut for it; operands cut, and float32 sums of three gradients.
     assert found["ring"] == (8 + 2 + 4) + 4 * 4 + 12 * 3 + 8
 
