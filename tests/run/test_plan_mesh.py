@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import math
-import re
 
 import jax
 import numpy as np
@@ -16,12 +13,10 @@ from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.memory_plan import count_flops, plan_memory
 from bpt_rl.nn.traffic import step_traffic
 from bpt_rl.nn.workload import StepShare, Workload
-from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.bench_collectives import read_collectives
 from bpt_rl.run.bench_subject import agent_subject
 from bpt_rl.run.devices import H100
-from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
-from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step, rows_of_task
+from bpt_rl.run.plan import GIB, Rows, make_plan, plan_step
 from bpt_rl.run.plan_text import describe
 from bpt_rl.run.step import compile_step
 from bpt_rl.run.step_time import call_seconds, devices_in_host, exposed_seconds
@@ -328,62 +323,6 @@ def test_between_hosts_the_network_sets_the_pace():
     assert call_seconds(links, share, heads) == pytest.approx(seconds)
 
 
-def test_the_command_plans_meshes_that_are_not_here(cli):
-    line = "plan at_350m --device h100 --tokens 1048576 --mesh.context 512"
-    out = cli.succeed(line)
-    assert "data 1 x fsdp 1 x context 512 = 512 devices, 8 a host" in out
-    assert "1 x 4,096 tokens" in out or "1 x 2,048 tokens" in out
-    assert "by ring (8 heads do not divide among 512 devices)" in out
-    rows = {row[:23].strip(): row[23:].split() for row in out.splitlines()[7:]}
-    assert {"collective-permute, GiB", "all-reduce, GiB", "computing, s", "waiting for others, s"} <= set(
-        rows
-    )
-    parts = [float(rows[name][0]) for name in ("computing, s", "waiting for others, s")]
-    # Three numbers of three digits.
-    assert math.isclose(sum(parts), float(rows["step, s"][0]), rel_tol=0.02)
-
-
-def test_more_devices_hold_longer_rows_and_take_less_time():
-    meshes = [MeshConfig(context=count, attention="ulysses") for count in (1, 2, 4, 8)]
-    plans = [make_plan(large(mesh=mesh)) for mesh in meshes]
-    for level in range(len(plans[0].levels)):
-        longest = [plan.levels[level].longest_context for plan in plans]
-        # Parameters, whole on each, leave nearly all to the row; where it goes to the host, all-to-alls weigh more.
-        assert all(1.6 * fewer < more for fewer, more in itertools.pairwise(longest))
-    seconds = [plan.choice.seconds for plan in plans]
-    assert all(fewer > 1.7 * more for fewer, more in itertools.pairwise(seconds))
-
-
-def test_auto_keeps_what_fits_the_devices_that_share_a_step():
-    model = dataclasses.replace(LARGE, activations="auto")
-    chosen = {}
-    for count in (1, 8):
-        config = large(model=model, tokens=1_048_576, mesh=MeshConfig(context=count, attention="ulysses"))
-        rows = rows_of_task(config)
-        assert (rows.num_rows, rows.context_length) == (1, 1_048_576)
-        choice = choose_activations(config, rows, device=H100)
-        level = make_plan(config).level(choice.activations)
-        assert f"{level.memory.device / GIB:.1f} GiB of 75.7 GiB" in choice.reason
-        chosen[count] = choice.activations
-    assert chosen == {1: "offload_attention", 8: "save_attention"}
-
-
-def test_what_no_device_of_the_mesh_can_hold_is_refused_before_it_begins():
-    def watch(count):
-        mesh = MeshConfig(context=count, attention="ulysses")
-        model = dataclasses.replace(LARGE, activations="recompute")
-        config = large(model=model, tokens=4_194_304, mesh=mesh)
-        return MemoryWatch(config=config, rows=rows_of_task(config), device=H100)
-
-    watch(8).refuse_what_is_far_beyond()
-    with pytest.raises(OutOfMemoryError, match=r"H100 80GB HBM3 has 75\.7 GiB\. Ways out"):
-        watch(1).refuse_what_is_far_beyond()
-    with pytest.raises(OutOfMemoryError) as stopped, watch(2).over("in step 1"):
-        raise MemoryError("gone")
-    level = make_plan(watch(2).config).level("recompute")
-    assert f"takes {level.memory.device / GIB:.1f} GiB by the plan" in str(stopped.value)
-
-
 def test_matrices_of_a_layer_are_gathered_one_by_one_and_again_where_they_are_not_kept():
     shared = workload(8192, num_rows=2, fsdp=2, context=2)
     for level, passes in (("keep", 1), ("save_attention", 2), ("recompute", 2)):
@@ -393,33 +332,3 @@ def test_matrices_of_a_layer_are_gathered_one_by_one_and_again_where_they_are_no
         assert gathered.count * gathered.num_bytes == passes * 24 * 4 * 12 * 1024**2
         assert gathered.count == passes * summed.count == passes * 24 * 6
         assert rest.num_bytes == 4 * (303_109_126 - 24 * 12 * 1024**2)
-
-
-def test_what_devices_cannot_share_is_not_planned(cli):
-    plan = "plan at_350m --device h100"
-    assert "got 4 rows for 1 * 8" in cli.refuse(f"{plan} --data.batch-size 4 --mesh.fsdp 8")
-    assert "got 8 heads and 16 devices" in cli.refuse(f"{plan} --mesh.context 16 --mesh.attention ulysses")
-    assert "got 3, 1024 and 4096" in cli.refuse(f"{plan} --tokens 4096 --mesh.fsdp 3")
-
-
-def test_a_host_and_a_processor_are_shared_by_the_devices_that_they_have():
-    assert H100.one_of(16).memory == H100.memory
-    roomy = dataclasses.replace(H100, host_memory=800 * GIB)
-    assert [roomy.one_of(count).host_memory // GIB for count in (1, 2, 16)] == [800, 400, 100]
-    plan = make_plan(large(host_gib=80, mesh=MeshConfig(context=8)))
-    assert plan.device.host_memory == 10 * GIB
-    assert "Host: 10.0 GiB for each device." in describe(plan)
-    processor = dataclasses.replace(H100, is_host=True)
-    assert processor.one_of(4).memory == H100.memory // 4
-
-
-def test_ways_out_of_a_mesh_are_of_that_mesh():
-    data = DataConfig(num_trajectories=32, batch_size=30)
-    config = large(tokens=0, mesh=MeshConfig(fsdp=3, data=2), data=data, host_gib=1)
-    model = dataclasses.replace(LARGE, num_layers=96, embed_dim=1536, num_heads=12)
-    plan = make_plan(dataclasses.replace(config, model=model))
-    said = describe(plan)
-    assert "Choice: none" in said
-    assert "optimizer.place" not in said
-    rows = int(re.search(r"At most (\d+) of 30 rows", said).group(1))
-    assert rows % 6 == 0
