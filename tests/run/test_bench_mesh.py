@@ -12,7 +12,7 @@ from bpt_rl.run.bench_step import measure_steps, step_variants
 pytestmark = pytest.mark.devices(4)
 
 MODEL = ModelConfig(
-    embed_dim=16, num_layers=2, num_heads=2, layout="fused", dropout=0.0, implementation="blockwise"
+    embed_dim=16, num_layers=1, num_heads=2, layout="fused", dropout=0.0, implementation="blockwise"
 )
 
 
