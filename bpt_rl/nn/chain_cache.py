@@ -22,11 +22,10 @@ from bpt_rl.config import ModelConfig
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.cached_attention import Stripes
 from bpt_rl.nn.context_parallel import ContextAxis
-from bpt_rl.nn.dealing import dealt, with_step_before
-from bpt_rl.nn.device_mesh import BATCH_SPEC, CONTEXT, DATA, make_mesh, sharing_of
+from bpt_rl.nn.dealing import dealt_with_previous
+from bpt_rl.nn.device_mesh import BATCH_SPEC, CONTEXT, DATA, make_mesh, padded_behind, sharing_of
 from bpt_rl.nn.hashed_graph import HashedGraph
 from bpt_rl.nn.step_packing import key_of, unpack
-from bpt_rl.nn.trajectory_model import previous_outcomes
 from bpt_rl.nn.transformer import KeyValueCache
 from bpt_rl.types import LAYOUTS, PackedBatch
 
@@ -201,11 +200,8 @@ def prefill(
 
     def local(params: Any, cache: Any, batch: PackedBatch, *rest: Any) -> Any:
         previous = None
-        if shares and per_step == 1:
-            outcomes = previous_outcomes(with_step_before(batch, shares[0]))
-            previous = jax.tree.map(lambda leaf: leaf[:, 1:], outcomes)
         if shares:
-            batch, previous = dealt((batch, previous), shares[0])
+            batch, previous = dealt_with_previous(batch, shares[0], place.model.layout)
         return graph.merge(params).prefill(batch, cache, *rest, previous=previous, shares=shares)
 
     in_specs = (_WHOLE, CACHE_SPECS, BATCH_SPEC, ROWS_SPEC, ROWS_SPEC)
@@ -220,11 +216,7 @@ def _padded(batch: PackedBatch, axis: ContextAxis) -> PackedBatch:
     A causal model does not look behind, and what is padded goes to slots that are not seen before they are written.
     """
     num_more = -batch.step.shape[1] % (axis.num_chunks * axis.num_devices)
-
-    def pad(leaf: Any) -> jax.Array:
-        return jnp.pad(leaf, [(0, 0), (0, num_more), *((0, 0) for _ in leaf.shape[2:])])
-
-    padded: PackedBatch = jax.tree.map(pad, batch)
+    padded: PackedBatch = jax.tree.map(lambda leaf: padded_behind(leaf, num_more), batch)
     return padded
 
 

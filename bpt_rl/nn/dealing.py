@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from bpt_rl.config import Layout
 from bpt_rl.nn.context_parallel import ContextAxis
-from bpt_rl.types import PackedBatch
+from bpt_rl.nn.trajectory_model import Outcomes, previous_outcomes
+from bpt_rl.types import LAYOUTS, PackedBatch
 
 
 def dealt(tree: Any, axis: ContextAxis) -> Any:
@@ -37,6 +39,27 @@ def dealt(tree: Any, axis: ContextAxis) -> Any:
     is_even = jax.lax.axis_index(axis.name) % 2 == 0
     first, second = jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)
     return _from_words(jnp.concatenate([first, second], axis=1), tree)
+
+
+def dealt_with_previous(
+    batch: PackedBatch, axis: ContextAxis | None, layout: Layout
+) -> tuple[PackedBatch, Outcomes | None]:
+    """Returns this device's share of a batch as the axis places it, and what came before each of its steps.
+
+    What a fused token carries of the step before it is looked up before steps are dealt out; tokens of other layouts
+    carry none, and get None.
+
+    Args:
+      batch: This device's contiguous part.
+      axis: That rows are split over; whole rows if None.
+      layout: Of the tokens.
+    """
+    previous = None
+    if LAYOUTS[layout] == 1:
+        outcomes = previous_outcomes(with_step_before(batch, axis))
+        previous = jax.tree.map(lambda leaf: leaf[:, 1:], outcomes)
+    found: tuple[PackedBatch, Outcomes | None] = dealt((batch, previous), axis) if axis else (batch, previous)
+    return found
 
 
 def with_step_before(batch: PackedBatch, axis: ContextAxis | None) -> PackedBatch:

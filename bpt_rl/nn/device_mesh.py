@@ -152,7 +152,7 @@ def placed_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
             )
             # A slice ends with the steps that there are.
             found = leaf[begin - first : end - first, start:stop]
-            return _padded(found, stop - start - found.shape[1])
+            return padded_behind(found, stop - start - found.shape[1])
 
         return jax.make_array_from_callback(shape, sharding, part)
 
@@ -162,7 +162,7 @@ def placed_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
 
 def with_whole_chunks(leaf: Any, mesh: Mesh) -> Any:
     """Returns an array [B, T, ...] padded behind its last step to what the devices of a row share equally."""
-    return _padded(leaf, _num_padded(leaf.shape[1], mesh))
+    return padded_behind(leaf, _num_padded(leaf.shape[1], mesh))
 
 
 def _num_padded(num_steps: int, mesh: Mesh) -> int:
@@ -171,7 +171,8 @@ def _num_padded(num_steps: int, mesh: Mesh) -> int:
     return -num_steps % (2 * num_devices if num_devices > 1 else 1)
 
 
-def _padded(leaf: Any, num_steps: int) -> Any:
+def padded_behind(leaf: Any, num_steps: int) -> Any:
+    """Returns an array [B, T, ...] with so many steps of zeros behind, of NumPy if it is one of NumPy's."""
     if not num_steps:
         return leaf
     like = np if isinstance(leaf, np.ndarray) else jnp

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.mesh_config import MeshConfig
-from bpt_rl.nn.dealing import dealt, with_step_before
+from bpt_rl.nn.dealing import dealt_with_previous
 from bpt_rl.nn.device_mesh import (
     AXES,
     BATCH_SPEC,
@@ -20,7 +20,7 @@ from bpt_rl.nn.device_mesh import (
     sharing_of,
     with_whole_chunks,
 )
-from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss_sums, previous_outcomes
+from bpt_rl.nn.trajectory_model import TrajectoryModel, action_loss_sums
 from bpt_rl.types import LAYOUTS, PackedBatch
 
 
@@ -60,12 +60,7 @@ def loss_over_devices(
         if key is not None:
             for name in AXES:
                 key = jax.random.fold_in(key, jax.lax.axis_index(name))
-        previous = None
-        if per_step == 1:
-            outcomes = previous_outcomes(with_step_before(batch, axis))
-            previous = jax.tree.map(lambda leaf: leaf[:, 1:], outcomes)
-        if axis:
-            batch, previous = dealt((batch, previous), axis)
+        batch, previous = dealt_with_previous(batch, axis, model.layout)
         predicted = nnx.merge(graph, params)(batch, key, previous=previous, sharing=sharing)
         sums = action_loss_sums(predicted, batch.action, batch.loss_mask, model.action_distribution)
         total, count = jax.lax.psum(sums, AXES)

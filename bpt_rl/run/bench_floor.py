@@ -4,7 +4,7 @@ import functools
 
 from bpt_rl.config import ModelConfig
 from bpt_rl.nn.attention import dot_product_attention
-from bpt_rl.nn.memory_plan import count_flops
+from bpt_rl.nn.memory_plan import attention_passes, count_flops
 from bpt_rl.nn.workload import Workload
 from bpt_rl.run.bench_attention import AttentionShape, AttentionTimes, time_attention
 from bpt_rl.run.bench_measurement import matrix_rate
@@ -58,19 +58,11 @@ def floor_seconds(
     those of the layers, recomputation included, and those of a vocabulary.
     """
     model = subject.train.model
-    passes = 1 if forward_only else forward_passes(model)
+    passes = 1 if forward_only else attention_passes(model, model.activations)
     backward = 0 if forward_only else attention.both - attention.forward
     calls = subject.train.optimizer.accumulation * model.num_layers
     matrix_seconds = _matrix_flops(subject, forward_only=forward_only) / matrix_flops_per_second
     return calls * (passes * attention.forward + backward) + matrix_seconds
-
-
-def forward_passes(model: ModelConfig) -> int:
-    """Returns how often a gradient step runs the attention of a layer forward."""
-    token = _workload(model, num_rows=1, num_tokens=1)
-    # Of the products of width D, two belong to a forward pass, and five to the backward pass.
-    products = count_flops(token, model.activations).attention // (model.num_layers * model.embed_dim)
-    return (products - 5) // 2
 
 
 def _matrix_flops(subject: Subject, *, forward_only: bool) -> int:
