@@ -34,7 +34,7 @@ from bpt_rl.run.plan import Rows, plan_step  # noqa: E402
 from bpt_rl.run.synthetic import synthetic_statistics  # noqa: E402
 
 MIB = 2**20
-MOST_OFF = 0.11
+MOST_OFF = 0.1
 MESHES = (
     {},
     *({"context": count, "attention": method} for method in ("ring", "ulysses") for count in (2, 4, 8)),
