@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bpt_rl.config import ModelConfig
+from bpt_rl import config_toml
+from bpt_rl.config import ModelConfig, TrainConfig
 from bpt_rl.nn.memory_plan import (
     IN_HOST,
     LEVELS,
@@ -182,15 +183,7 @@ MEASURED = [
     (65_536, "recompute", {"implementation": "blockwise"}, 6.034, 0.03),
     (65_536, "save_attention", {"implementation": "blockwise"}, 9.407, 0.03),
 ]
-LARGE = ModelConfig(
-    embed_dim=1024,
-    num_layers=24,
-    num_heads=8,
-    dropout=0.0,
-    feedforward_chunk_size=4096,
-    compute_dtype="bfloat16",
-    activation="gelu",
-)
+LARGE = config_toml.load(TrainConfig, "at_350m").model
 
 
 @pytest.mark.parametrize(("tokens", "activations", "changes", "temporary", "tolerance"), MEASURED)
