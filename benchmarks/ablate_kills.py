@@ -54,7 +54,13 @@ def grid_of(folder: Path) -> GridConfig:
         optimizer=OptimizerConfig(num_steps=200, warmup_steps=10, learning_rate=1e-3),
     )
     axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
-    return GridConfig(axes=axes, train=train, evaluate=EvaluateConfig(num_chains=4, num_workers=1))
+    evaluate = EvaluateConfig(num_chains=4, num_workers=1)
+    return GridConfig(name="grid", axes=axes, train=train, evaluate=evaluate)
+
+
+def table(out: Path, config: GridConfig) -> bytes:
+    """Returns the table of a grid that was run into a folder."""
+    return GridFolder(out, config.name).table_path.read_bytes()
 
 
 def command(grid: Path, out: Path) -> list[str]:
@@ -162,7 +168,7 @@ def main() -> int:
         grid = folder / "grid.toml"
         grid.write_text(config_toml.to_toml(config))
         whole, _ = timed(lambda: subprocess.run(command(grid, folder / "whole"), check=True))
-        expected = (folder / "whole" / "table.csv").read_bytes()
+        expected = table(folder / "whole", config)
         generator = random.Random(options.seed)
         # Time enough to finish a cell now and then.
         longest = max(20.0, 0.4 * whole)
@@ -176,13 +182,13 @@ def main() -> int:
             "killed": {
                 "seconds": seconds,
                 "kills": kills,
-                "same_table": (folder / "killed" / "table.csv").read_bytes() == expected,
+                "same_table": table(folder / "killed", config) == expected,
             },
         }
         if not options.no_ray:
             out = folder / "ray"
             seconds, found = timed(lambda: on_ray(GridConfig(**{**vars(config), "out": str(out)})))
-            same = (out / "table.csv").read_bytes() == expected
+            same = table(out, config) == expected
             values["ray_node_killed"] = {"seconds": seconds, **found, "same_table": same}
     write_json(options.out, values | {"versions": versions()})
     print(values)

@@ -1,6 +1,7 @@
 """Configurations of what makes many runs: a grid of cells, and the demo."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -11,13 +12,19 @@ from bpt_rl.config_checks import not_negative, positive
 Axes = Mapping[str, tuple[Any, ...]]
 """Dotted names of settings, like "train.data.num_trajectories" or "evaluate.context_order", each with its values."""
 
+SHARED_FOLDERS = ("cells", "results", "failures", "locks", "logs")
+"""Of every folder of cells: what all its grids have in common."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridConfig:
     """A grid of cells, each of them a training and its evaluation."""
 
     out: str = "runs/ablation"
-    """Folder that receives the cells, the tables and the page. Other grids may have the same one: they share cells."""
+    """Folder of the cells. Other grids may have the same one: they share cells, and run none twice."""
+    name: str = ""
+    """Folder within `out` of this grid's own tables and page, those of others of `out` beside it. If empty: on the
+    command line the name of CONFIG, without .toml; from Python `out` itself."""
     axes: Axes = dataclasses.field(default_factory=dict)
     """Settings that vary and their values: every combination is a cell. "preset" names presets or TOML files of
     training, which underlie a cell."""
@@ -35,6 +42,11 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         positive(self, "seeds_at_once")
+        if self.name in SHARED_FOLDERS or not re.fullmatch(r"(?!\.)[^/\\]*", self.name):
+            raise ValueError(
+                f"A grid's name must be that of a folder of its own, none of {', '.join(SHARED_FOLDERS)}; "
+                f"got {self.name!r}. Use another --name."
+            )
         seen: set[str] = set()
         for axis in self.every_axis():
             lengths = {len(values) for values in axis.values()}

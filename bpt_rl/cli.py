@@ -88,6 +88,7 @@ def _ablate(call: Call) -> None:
     names, options = split(call, "a configuration: a TOML file or a preset")
     default = config_toml.load(ablate_config.AblateConfig, names[0]) if names else None
     config = parse(ablate_config.AblateConfig, call, [*names[1:], *options], default)
+    config = dataclasses.replace(config, name=config.name or Path(names[0]).stem)
     if config.dry_run:
         from bpt_rl.run.ablation_plan import describe_cells
         from bpt_rl.run.grid import expand
@@ -97,7 +98,9 @@ def _ablate(call: Call) -> None:
     from bpt_rl.run.ablate import ablate, describe_result, report
 
     if config.report_only:
-        print(describe_result(report(config, command=call.command)))
+        # What lies beside the page is the grid, not that it was reported.
+        grid = dataclasses.replace(config, report_only=False)
+        print(describe_result(report(grid, command=call.command)))
         return
     from bpt_rl.run.console import Stages
     from bpt_rl.run.job import Job

@@ -155,7 +155,7 @@ def test_from_collecting_to_the_report(cli, project, tmp_path):
         f"--train.agent bc {grid} "
         "--evaluate.num-chains 2 --evaluate.num-workers 1 --evaluate.num-episodes 1 --evaluate.no-random"
     )
-    assert out.startswith(f"1 of 1 cells are finished.\nPage: {cells}/ablation.html\n")
+    assert out.startswith(f"1 of 1 cells are finished.\nPage: {cells}/trajectory_count/ablation.html\n")
     [cell] = (cells / "cells").iterdir()
     assert cell.name.startswith("bc_cartpole_swingup_n2_seed0-")
 

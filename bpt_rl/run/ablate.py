@@ -74,11 +74,12 @@ def ablate(
       FileNotFoundError: If a store or preset does not exist.
       ValueError: If the grid has no cell that could run.
     """
-    cells, folder = expand(config), GridFolder(Path(config.out))
+    cells, folder = expand(config), GridFolder.of(config)
     work = _Work(cells, folder, report_progress)
     jobs = _jobs(config, work.missing(), command)
     if jobs:
-        records.write_atomically(folder.config_path, config_toml.to_toml(config))
+        # Before the cells: of a grid that is killed it can be read what it was.
+        _write_config(config, folder)
         with make_launcher(jobs) as launcher:
             work.run(jobs, launcher)
     work.tell()
@@ -103,7 +104,7 @@ def report(config: GridConfig, *, command: str = "") -> GridResult:
       FileNotFoundError: If no cell is finished, or a store or preset does not exist.
       ValueError: If the grid has no cell that could run.
     """
-    cells, folder = expand(config), GridFolder(Path(config.out))
+    cells, folder = expand(config), GridFolder.of(config)
     num_finished = len({cell.address for cell in cells} & folder.finished())
     if not num_finished:
         raise FileNotFoundError(
@@ -121,8 +122,13 @@ def _write(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, comman
     from bpt_rl.run.ablation_page import write_page
     from bpt_rl.run.ablation_table import write_tables
 
+    _write_config(config, folder)
     write_tables(cells, folder)
     write_page(config, cells, folder, command=command)
+
+
+def _write_config(config: GridConfig, folder: GridFolder) -> None:
+    records.write_atomically(folder.config_path, config_toml.to_toml(config))
 
 
 def _stamp(cells: Sequence[Cell], missing: Sequence[Cell]) -> str:

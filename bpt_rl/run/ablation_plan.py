@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from bpt_rl import config_toml
@@ -68,7 +67,7 @@ def largest_memory(jobs: Sequence[Job]) -> int:
 
 def describe_cells(config: GridConfig, cells: Sequence[Cell]) -> str:
     """Returns what `bpt-rl ablate --dry-run` prints."""
-    folder = GridFolder(Path(config.out))
+    folder = GridFolder.of(config)
     done = folder.finished()
     rows = [("cell", "state", "step memory", "training")]
     missing: list[Expectation] = []

@@ -1,4 +1,4 @@
-"""The folder of a grid: what is written where, and the locks that keep processes out of each other's cells.
+"""The folder of grids: what is written where, and the locks that keep processes out of each other's cells.
 
 Everything is written aside and renamed, so that a kill at any time leaves whole files. A cell is finished when its
 result lies there. Locks are advisory (flock): the kernel releases them with the process that holds them, however it
@@ -13,34 +13,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bpt_rl.ablate_config import GridConfig
 from bpt_rl.run import records
 
 
 @dataclasses.dataclass(frozen=True)
 class GridFolder:
-    """Paths and contents of one folder that grids share."""
+    """Paths and contents of one folder of cells, which grids share, and of what is one grid's own within it."""
 
     path: Path
+    name: str = ""
+    """Of the grid: folder of its tables and its page. Empty for `path` itself."""
+
+    @classmethod
+    def of(cls, config: GridConfig) -> "GridFolder":
+        """Returns the folder that a grid names."""
+        return cls(Path(config.out), config.name)
 
     @property
     def config_path(self) -> Path:
-        """The grid that ran last, resolved."""
-        return self.path / "grid.toml"
+        """The grid, resolved."""
+        return self._own("grid.toml")
 
     @property
     def table_path(self) -> Path:
         """One row a number: the same however often the grid was interrupted."""
-        return self.path / "table.csv"
+        return self._own("table.csv")
 
     @property
     def costs_path(self) -> Path:
         """One row a cell: what it took."""
-        return self.path / "costs.csv"
+        return self._own("costs.csv")
 
     @property
     def page_path(self) -> Path:
         """The page."""
-        return self.path / "ablation.html"
+        return self._own("ablation.html")
 
     @property
     def logs_path(self) -> Path:
@@ -49,12 +57,12 @@ class GridFolder:
 
     def stamp(self) -> str:
         """Returns what tables and page were last made of; empty if they never were."""
-        path = self.path / "stamp"
+        path = self._own("stamp")
         return path.read_text() if path.is_file() else ""
 
     def write_stamp(self, stamp: str) -> None:
         """Says what tables and page are made of, once they are."""
-        records.write_atomically(self.path / "stamp", stamp)
+        records.write_atomically(self._own("stamp"), stamp)
 
     def run_folder(self, name: str) -> records.RunFolder:
         """Returns the run folder of a training."""
@@ -105,6 +113,9 @@ class GridFolder:
                     is_ours = False
                     break
             yield is_ours
+
+    def _own(self, file: str) -> Path:
+        return self.path / self.name / file
 
     def _result_path(self, address: str) -> Path:
         return self.path / "results" / f"{address}.json"

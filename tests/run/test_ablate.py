@@ -1,5 +1,6 @@
 """Running a grid: real cells in this process, made-up ones (`benchmarks/stub_cells.py`) in processes that die."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bpt_rl import config_toml
-from bpt_rl.ablate_config import AblateConfig, GridConfig
+from bpt_rl.ablate_config import SHARED_FOLDERS, AblateConfig, GridConfig
 from bpt_rl.config import DataConfig, EvaluateConfig, TrainConfig
 from bpt_rl.run.ablate import ablate, describe_result
 from bpt_rl.run.cell import train_and_evaluate
@@ -177,7 +178,9 @@ def test_two_processes_with_one_folder_run_every_cell_once(made_up, stubs, tmp_p
         "pathlib.Path(sys.argv[1] + '.ready').touch()\n"
         "ablate(config, lambda jobs: InlineLauncher(stub_cells.play))\n"
     )
-    (tmp_path / "grid.toml").write_text(config_toml.to_toml(config))
+    # Two grids of the same cells: each ends with a table of its own.
+    theirs = dataclasses.replace(config, name="theirs")
+    (tmp_path / "grid.toml").write_text(config_toml.to_toml(theirs))
     other = subprocess.Popen([sys.executable, str(script), str(tmp_path / "grid.toml")])
     while not (tmp_path / "grid.toml.ready").exists():
         assert other.poll() is None
@@ -188,8 +191,50 @@ def test_two_processes_with_one_folder_run_every_cell_once(made_up, stubs, tmp_p
     processes = {line.split()[1] for line in (tmp_path / "played").read_text().splitlines()}
     assert processes == {str(other.pid), str(os.getpid())}
     table = result.folder.table_path.read_bytes()
+    assert GridFolder.of(theirs).table_path.read_bytes() == table
+    assert {p.name for p in (tmp_path / "grid" / "theirs").iterdir()} >= {"ablation.html", "costs.csv"}
     whole = made_up(axes=config.axes, out=str(tmp_path / "whole"))
     assert ablate(whole, inline(stubs.play)).folder.table_path.read_bytes() == table
+
+
+def test_grids_of_one_folder_share_cells_and_each_has_its_own_table_and_page(made_up, stubs, tmp_path, cli):
+    out = tmp_path / "grid"
+    axes = {"narrow": {COUNT: (1, 2), SEED: (0,)}, "wide": {COUNT: (1, 2), SEED: (0, 1)}}
+    configs = {name: made_up(axes=axes[name], name=name) for name in axes}
+    ablate(configs["narrow"], inline(stubs.play))
+    narrow = files(out / "narrow")
+    ablate(configs["wide"], inline(stubs.play))
+    # What the first had finished is not run again, and its own files are as they were.
+    assert len(played(tmp_path)) == len(set(played(tmp_path))) == 4
+    assert files(out / "narrow") == narrow
+    for name, config in configs.items():
+        own = GridFolder.of(config)
+        assert {path.name for path in (out / name).iterdir()} == {
+            *("table.csv", "costs.csv", "ablation.html", "grid.toml", "stamp")
+        }
+        assert config_toml.load(GridConfig, str(own.config_path)) == config
+        alone = dataclasses.replace(config, out=str(tmp_path / f"alone_{name}"))
+        expected = ablate(alone, inline(stubs.play)).folder
+        assert own.table_path.read_bytes() == expected.table_path.read_bytes()
+    names = {path.name for path in out.iterdir()}
+    assert names - {"narrow", "wide"} <= set(SHARED_FOLDERS) and not names & {"table.csv", "ablation.html"}
+    # Each is current: neither is written again.
+    before = files(out)
+    for config in configs.values():
+        ablate(config, not_called)
+    assert files(out) == before
+
+    # The command line names a grid by its file; what lies beside its page goes on where it came from.
+    path = tmp_path / "third.toml"
+    path.write_text(config_toml.to_toml(made_up(axes={COUNT: (2, 1), SEED: (0, 1)})))
+    shown = cli.succeed(f"ablate {path} --report-only")
+    assert f"Page: {out}/third/ablation.html\nTable: {out}/third/table.csv\n" in shown
+    assert files(out / "wide") == {p: v for p, v in before.items() if p.parent.name == "wide"}
+    again = cli.succeed(f"ablate {out}/third/grid.toml")
+    assert f"Page: {out}/third/ablation.html\n" in again
+    assert f"Page: {out}/fourth/ablation.html\n" in cli.succeed(f"ablate {path} --name fourth")
+    tables = {(out / name / "table.csv").read_bytes() for name in ("third", "fourth")}
+    assert len(tables) == 1 and (out / "wide" / "table.csv").read_bytes() not in tables
 
 
 class _Recorder(InlineLauncher):
@@ -285,7 +330,7 @@ def test_the_command_line_tells_what_would_run_and_what_is_done(made_up, stubs, 
     kept.rename(tmp_path / kept.name)
     out = cli.succeed(f"ablate {path} --report-only")
     assert out.startswith("3 of 4 cells are finished.")
-    assert "3 of 4 cells finished" in (tmp_path / "grid" / "ablation.html").read_text()
+    assert "3 of 4 cells finished" in (tmp_path / "grid" / "grid" / "ablation.html").read_text()
     (tmp_path / kept.name).rename(kept)
     with pytest.raises(ValueError, match="dry_run and report_only together"):
         AblateConfig(dry_run=True, report_only=True)

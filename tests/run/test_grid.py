@@ -210,6 +210,13 @@ def test_what_is_no_cell_is_refused(grid_of, axes, message):
         ({"linked": ({SEED: (1, 2), COUNT: (1,)},)}, "equally many; got 2 of train.seed, 1 of train.data"),
         ({"axes": {SEED: (1,)}, "linked": ({SEED: (1,)},)}, r"on one axis; got train\.seed on two"),
         ({"seeds_at_once": 0}, "seeds_at_once must be positive"),
+        (
+            {"name": "cells"},
+            r"a folder of its own, none of cells, results, .*; got 'cells'\. Use another --n",
+        ),
+        ({"name": "../cells"}, r"got '\.\./cells'"),
+        ({"name": "a/b"}, r"got 'a/b'"),
+        ({"name": ".."}, r"got '\.\.'"),
     ],
 )
 def test_what_is_no_axis_is_refused(changes, message):
