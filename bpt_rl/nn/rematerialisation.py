@@ -12,6 +12,10 @@ from bpt_rl.nn.blockwise import RESIDUAL_NAME
 
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, None]]
 
+MOST_UNROLLED = 8
+"""Layers that are compiled one by one where each keeps everything: a loop would copy all of it to where the backward
+pass finds it, half of what such a step reads and writes. More would take long to compile."""
+
 LAYER_INPUT = "layer_input"
 """`checkpoint_name` of the stream that enters a layer."""
 
@@ -42,7 +46,8 @@ def scan_layers(layer: Layer, stream: jax.Array, layers: Any, config: ModelConfi
     activations, num_groups = config.activations, config.layer_groups
     body = _rematerialised(layer, activations)
     if num_groups == 1:
-        return jax.lax.scan(body, stream, layers)[0]
+        is_unrolled = activations == "keep" and config.num_layers <= MOST_UNROLLED
+        return jax.lax.scan(body, stream, layers, unroll=config.num_layers if is_unrolled else 1)[0]
 
     def group(stream: jax.Array, layers: Any) -> tuple[jax.Array, None]:
         return jax.lax.scan(body, checkpoint_name(stream, _GROUP_INPUT), layers)[0], None
