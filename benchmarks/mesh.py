@@ -23,7 +23,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax  # noqa: E402
 
 from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
-from bpt_rl.envs.tasks import DOMAINS  # noqa: E402
 from bpt_rl.mesh_config import MeshConfig  # noqa: E402
 from bpt_rl.run.bench_collectives import read_collectives  # noqa: E402
 from bpt_rl.run.bench_execution import compile_program  # noqa: E402
@@ -46,8 +45,7 @@ MESHES = (
 
 
 def planned(config, num_rows, num_tokens):
-    task = config.data.task
-    statistics = synthetic_statistics(task, DOMAINS[task.partition("_")[0]])
+    statistics = synthetic_statistics(config.data.task)
     rows = Rows(statistics=statistics, num_rows=num_rows, context_length=num_tokens, is_one_chain_a_row=True)
     return plan_step(config, rows, this_device()).level(config.model.activations)
 

@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn import loss_over_devices as over_devices
 from bpt_rl.nn.context_parallel import ContextAxis
@@ -81,7 +80,7 @@ def prepared(path, options):
     subject = agent_subject(config, options.tokens, 1)
     agent, mesh, place = subject.agent, None, None
     if path != "plain":
-        data = synthetic_statistics(config.data.task, DOMAINS["walker"])
+        data = synthetic_statistics(config.data.task)
         agent, mesh = SharedAgent(config, data, path), make_mesh(MeshConfig())
         place = NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC))
     batch = jax.device_put(subject.make_batch(), place)

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import TrainConfig
-from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.bench_record import Column, table
 from bpt_rl.run.devices import H100
@@ -100,7 +99,7 @@ def config_of(shape):
 
 
 def parameters_of(config):
-    statistics = synthetic_statistics(config.data.task, DOMAINS[domain_of(config.data.task)])
+    statistics = synthetic_statistics(config.data.task)
     shapes = jax.eval_shape(make_agent(config, statistics).init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -108,7 +107,7 @@ def parameters_of(config):
 def planned(config, mesh, tokens, *, host_gib=HOST_GIB, num_rows=0, num_parameters=None):
     """Returns the plan of a step on H100s; None if devices cannot share the heads so."""
     rows = Rows(
-        statistics=synthetic_statistics(config.data.task, DOMAINS[domain_of(config.data.task)]),
+        statistics=synthetic_statistics(config.data.task),
         num_rows=num_rows or mesh.data * mesh.fsdp,
         context_length=tokens,
         is_one_chain_a_row=True,

@@ -135,7 +135,7 @@ class _Subject:
         return cls(config=config, domain=domain, graph=graph, params=params)
 
     def policy(self, num_episodes: int) -> CachedPolicy:
-        statistics = synthetic_statistics(self.config.train.data.task, self.domain)
+        statistics = synthetic_statistics(self.config.train.data.task)
         return CachedPolicy(
             self.graph,
             self.params,

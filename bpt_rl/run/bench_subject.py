@@ -97,7 +97,7 @@ def agent_subject(train: TrainConfig, num_tokens: int, num_rows: int) -> Subject
         is asked for cannot run.
     """
     domain = DOMAINS[domain_of(train.data.task)]
-    statistics = synthetic_statistics(train.data.task, domain)
+    statistics = synthetic_statistics(train.data.task)
     rows = Rows(statistics=statistics, num_rows=num_rows, context_length=num_tokens, is_one_chain_a_row=True)
     train = choose_activations(train, rows).applied(train)
     return Subject(

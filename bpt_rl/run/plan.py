@@ -143,7 +143,7 @@ def rows_of_task(config: PlanConfig) -> Rows:
         fewest = min(data.mixture, default=data.num_trajectories)
         is_one_chain_a_row = 2 * fewest * (1 if has_short_ones else longest) > num_steps
     return Rows(
-        statistics=synthetic_statistics(data.task, domain),
+        statistics=synthetic_statistics(data.task),
         num_rows=num_rows,
         context_length=context_length,
         is_one_chain_a_row=is_one_chain_a_row,

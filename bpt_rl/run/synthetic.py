@@ -1,11 +1,17 @@
 """What stands in for data where only sizes matter: plans and benchmarks need no store."""
 
-from bpt_rl.envs.tasks import Domain
+from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.types import DataStatistics
 
 
-def synthetic_statistics(task: str, domain: Domain) -> DataStatistics:
-    """Returns statistics in the sizes of a domain, of data that needs no scaling."""
+def synthetic_statistics(task: str) -> DataStatistics:
+    """Returns statistics in the sizes of a task's domain, of data that needs no scaling.
+
+    Raises:
+      FileNotFoundError: If the task names a file that is not there.
+      ValueError: If the task is unknown or malformed.
+    """
+    domain = DOMAINS[domain_of(task)]
     return DataStatistics(
         task=task,
         observation_mean=(0.0,) * domain.observation_dim,

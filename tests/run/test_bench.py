@@ -110,7 +110,7 @@ def test_bench_step_measures_the_training_step(tmp_path):
     measured, refused = record["rows"]
 
     domain = DOMAINS["walker"]
-    agent = make_agent(TRAIN, synthetic.synthetic_statistics("walker_run", domain))
+    agent = make_agent(TRAIN, synthetic.synthetic_statistics("walker_run"))
     params = agent.init(jax.random.key(TRAIN.seed))
     batch = bench_subject.synthetic_batch(TRAIN, domain, 12, 2)
     loss, _ = agent.loss(params, jax.tree.map(lambda leaf: leaf[0], batch), None)
@@ -351,7 +351,7 @@ def test_an_old_record_stays_until_something_is_measured(tmp_path):
 
 def test_the_preset_is_of_the_size_its_name_says():
     train = config_toml.load(TrainConfig, "at_350m")
-    agent = make_agent(train, synthetic.synthetic_statistics("walker_run", DOMAINS["walker"]))
+    agent = make_agent(train, synthetic.synthetic_statistics("walker_run"))
     shapes = jax.eval_shape(lambda: agent.init(jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(303e6, rel=0.01)
     assert Path(train.run).name == "at_350m"

@@ -9,7 +9,6 @@ import pytest
 from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.device_mesh import make_mesh, placed_batch
 from bpt_rl.run.records import RunFolder
@@ -89,7 +88,7 @@ def test_no_device_holds_more_than_its_share_of_state_batch_and_activations():
     def compiled(config):
         agent = make_agent(
             TrainConfig(data=data, model=model, mesh=config),
-            synthetic_statistics(data.task, DOMAINS["cartpole"]),
+            synthetic_statistics(data.task),
         )
         mesh = make_mesh(config)
         batch = (placed_batch(whole, mesh),)

@@ -9,7 +9,6 @@ import pytest
 
 from bpt_rl import config_toml
 from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from bpt_rl.envs.tasks import DOMAINS
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.memory_plan import count_flops, plan_memory
 from bpt_rl.nn.traffic import step_traffic
@@ -50,7 +49,7 @@ def compiled_and_planned(activations, accumulation=1, **mesh):
         subject.agent, optimizer, subject.placed_batch(), jax.random.key(0), mesh=subject.mesh
     )
     rows = Rows(
-        statistics=synthetic_statistics("walker_run", DOMAINS["walker"]),
+        statistics=synthetic_statistics("walker_run"),
         num_rows=num_rows,
         context_length=TOKENS,
         is_one_chain_a_row=True,
