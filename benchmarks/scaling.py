@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import TrainConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.bench_record import Column, table
 from bpt_rl.run.devices import H100
 from bpt_rl.run.picture_style import PICTURE_STYLE
-from bpt_rl.run.plan import GIB, Rows, plan_step
+from bpt_rl.run.plan import Rows, plan_step
 from bpt_rl.run.synthetic import synthetic_statistics
 
 SHAPES = {"at_350m": {}, "7B": {"embed_dim": 4096, "num_layers": 32, "num_heads": 32}}
@@ -129,10 +130,8 @@ def meshes_of(count):
 
 
 def named(mesh, plan):
-    axes = [
-        f"{name} {getattr(mesh, name)}" for name in ("data", "fsdp", "context") if getattr(mesh, name) > 1
-    ]
-    return ", ".join(axes + ([plan.method.method] if plan.method else [])) or "one device"
+    """Returns a mesh's name with the way of attention that was chosen."""
+    return str(dataclasses.replace(mesh, attention=plan.method.method) if plan.method else mesh)
 
 
 def longest_of(shape, count, config, num_parameters):

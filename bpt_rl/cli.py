@@ -249,7 +249,7 @@ def _offer_memory() -> None:
     Read when JAX starts. What the user has set stays.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    pinned = max(1, int(capacity.PINNED_SHARE * capacity.host_memory() / 2**30))
+    pinned = max(1, int(capacity.PINNED_SHARE * capacity.host_memory() / capacity.GIB))
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(pinned))
 
 

@@ -51,10 +51,12 @@ class MeshConfig:
         check_shares(self.num_devices, self.num_processes)
 
     def __str__(self) -> str:
+        """Names the axes of more than one device, and the way of attention where it is not left open."""
         axes = ", ".join(
             f"{name} {getattr(self, name)}" for name in ("data", "fsdp", "context") if getattr(self, name) > 1
         )
-        return f"{axes} ({self.attention})" if self.context > 1 else axes or "one device"
+        is_named = self.context > 1 and self.attention != "auto"
+        return f"{axes} ({self.attention})" if is_named else axes or "one device"
 
     @property
     def num_devices(self) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from bpt_rl.config import Place
 
+GIB = 2**30
+"""Bytes."""
 ACCELERATOR_SHARE = 0.2
 """Most of the accelerator's free memory that episodes take by themselves; parameters and activations come later."""
 HOST_SHARE = 0.5
@@ -83,7 +85,7 @@ def choose(asked: Place, num_bytes: int, capacity: Capacity) -> Choice:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.3g} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.3g} MiB"
+    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.3g} MiB"
 
 
 def measure() -> Capacity:

@@ -112,8 +112,8 @@ def check_room(store: Store) -> None:
     if needed > SHARE * free:
         raise ValueError(
             f"Transitions must fit into {SHARE:.0%} of the device's free memory; {store.path} takes "
-            f"{needed / 2**30:.3g} GiB of {free / 2**30:.3g} GiB. Build a store of a smaller subset, such as "
-            "--subset first-1M."
+            f"{needed / capacity.GIB:.3g} GiB of {free / capacity.GIB:.3g} GiB. Build a store of a smaller subset, "
+            "such as --subset first-1M."
         )
 
 

@@ -183,3 +183,18 @@ def test_folder_is_not_a_configuration(tmp_path: Path) -> None:
 def test_configurations_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name"),
+    [
+        ({}, "one device"),
+        ({"data": 2}, "data 2"),
+        ({"context": 4}, "context 4"),
+        ({"fsdp": 2, "context": 4, "attention": "ring"}, "fsdp 2, context 4 (ring)"),
+        # Of no meaning without a context that devices share.
+        ({"data": 2, "attention": "ulysses"}, "data 2"),
+    ],
+)
+def test_a_mesh_is_named_by_its_axes_of_several_devices_and_what_attention_it_asks_for(mesh, name):
+    assert str(MeshConfig(**mesh)) == name

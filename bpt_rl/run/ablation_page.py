@@ -8,6 +8,7 @@ from typing import Any
 
 from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.run import ablation_plots, report_page, report_plots, report_tables
 from bpt_rl.run.ablation_groups import (
     COUNT,
@@ -130,7 +131,7 @@ def _cost_cells(group: CellGroup) -> Iterator[str]:
         value = ablation_plots.mean_cost(group, name)
         yield "–" if value is None else format(value, digits)  # noqa: RUF001
     memory = ablation_plots.mean_cost(group, "peak_memory_bytes")
-    yield "–" if memory is None else f"{memory / 2**30:.2f}"  # noqa: RUF001
+    yield "–" if memory is None else f"{memory / GIB:.2f}"  # noqa: RUF001
     yield ", ".join(dict.fromkeys(str(cost["device"]) for cost in group.costs))
 
 

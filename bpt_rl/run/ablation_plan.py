@@ -8,10 +8,11 @@ from typing import Literal
 from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import PlanConfig, TrainConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.run.grid import Cell, trainings
 from bpt_rl.run.grid_folder import GridFolder
 from bpt_rl.run.job import Job
-from bpt_rl.run.plan import GIB, make_plan, size
+from bpt_rl.run.plan import make_plan, size
 from bpt_rl.td_config import TD_AGENTS
 
 PROCESS = int(1.5 * GIB)

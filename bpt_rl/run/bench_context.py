@@ -9,12 +9,12 @@ import jax
 
 from bpt_rl.bench_config import ContextBenchConfig, Method
 from bpt_rl.config import ModelConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import domain_of
 from bpt_rl.nn.memory_plan import plan_memory
 from bpt_rl.nn.workload import Workload
 from bpt_rl.run.bench_execution import (
-    GIB,
     MEASURED_COLUMNS,
     Measured,
     add_floor,

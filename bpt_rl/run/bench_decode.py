@@ -19,7 +19,6 @@ from jaxtyping import Float
 
 from bpt_rl.bench_config import DecodeBenchConfig
 from bpt_rl.config import ModelConfig
-from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.chain_cache import CACHE_SPEC, CACHE_SPECS, ROWS_SPEC, CacheDevices
 from bpt_rl.nn.transformer import KeyValueCache, Transformer
 from bpt_rl.run.bench_measurement import (
@@ -116,17 +115,13 @@ def measure_decoding(config: DecodeBenchConfig) -> Iterator[DecodeRow]:
             num_rows=num_rows,
             num_kv_heads=model.num_kv_heads,
             copy_bytes_per_second=bandwidth,
-            mesh=_words(config.train.mesh),
+            mesh=str(config.train.mesh) if config.train.mesh.num_devices > 1 else "",
         )
         try:
             devices = CacheDevices(model=model, mesh=config.train.mesh)
             yield _measure(row, devices, config.num_calls)
         except FAILURES as error:
             yield dataclasses.replace(row, failure=failure_of(error))
-
-
-def _words(mesh: MeshConfig) -> str:
-    return f"data {mesh.data}, context {mesh.context}" if mesh.num_devices > 1 else ""
 
 
 def _measure(row: DecodeRow, devices: CacheDevices, num_calls: int) -> DecodeRow:

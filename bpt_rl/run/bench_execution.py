@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from bpt_rl.agents.base import Params
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.run.bench_floor import KernelTimes, floor_seconds
 from bpt_rl.run.bench_measurement import compiled_bytes, median_seconds, peak_bytes
 from bpt_rl.run.bench_record import Column
@@ -18,7 +19,6 @@ from bpt_rl.run.bench_trace import communication_of
 from bpt_rl.run.step import compile_step, placed_state
 from bpt_rl.types import PackedBatch
 
-GIB = 2**30
 ENOUGH_SECONDS = 20.0
 """A step of this length is not repeated: beside it, what a first step does in addition is small."""
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bpt_rl.run.bench_execution import GIB
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.run.devices import H100
 from bpt_rl.run.picture_style import PICTURE_STYLE
 

@@ -127,7 +127,7 @@ def this_device() -> Device:
     """
     device, room = jax.local_devices()[0], capacity.measure()
     if jax.default_backend() == "cpu":
-        memory = room.host if room.host < 2**30 else room.host - room.host % 2**30
+        memory = room.host if room.host < capacity.GIB else room.host - room.host % capacity.GIB
         return Device(name=device.device_kind, memory=memory, is_host=True)
     statistics = device.memory_stats()
     memory = statistics["bytes_limit"] if statistics else room.host

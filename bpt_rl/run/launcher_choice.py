@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bpt_rl.ablate_config import AblateConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.run.grid_folder import GridFolder
 from bpt_rl.run.job import RUNNER, Job
 from bpt_rl.run.launcher_local import LocalLauncher, accelerators, slots
-from bpt_rl.run.launcher_ray import GIB, RayLauncher, Request
+from bpt_rl.run.launcher_ray import RayLauncher, Request
 from bpt_rl.run.launchers import Launcher
 
 

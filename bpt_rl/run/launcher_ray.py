@@ -18,8 +18,6 @@ from bpt_rl.run.job import RUNNER, Job, Outcome, find_runner, run_job
 from bpt_rl.run.launcher_local import MOST_JOBS
 from bpt_rl.run.launchers import Ended
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:

@@ -7,6 +7,7 @@ import jax
 
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, Activations, PlanConfig, TrainConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.datasets.packing import steps_of
 from bpt_rl.envs.tasks import DOMAINS, domain_of
 from bpt_rl.nn.attention import model_implementation
@@ -27,8 +28,6 @@ from bpt_rl.run.devices import H100, Device, this_device
 from bpt_rl.run.step_time import StepTime, computing_seconds, exposed_seconds
 from bpt_rl.run.synthetic import synthetic_statistics
 from bpt_rl.types import LAYOUTS, DataStatistics
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.nn.device_mesh import matrix_widths
-from bpt_rl.run.plan import GIB, Level, Plan
+from bpt_rl.run.plan import Level, Plan
 from bpt_rl.run.ways_out import ways_out
 
 

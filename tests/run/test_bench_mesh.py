@@ -27,7 +27,7 @@ def test_devices_that_share_a_step_lose_the_same_and_hold_less():
     assert (alone.failure, shared.failure) == ("", "")
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
     assert len(shared.losses) == 2
-    assert "data 2, context 2" in shared.mesh
+    assert shared.mesh == "data 2, context 2 (ring)"
     # A fourth of the tokens each.
     assert shared.temporary_bytes < 0.5 * alone.temporary_bytes
 

@@ -12,7 +12,7 @@ from bpt_rl.config import OptimizerConfig
 from bpt_rl.datasets import capacity
 from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
-from bpt_rl.run.plan import GIB, Rows, plan_step, size
+from bpt_rl.run.plan import Rows, plan_step, size
 from bpt_rl.run.step import compile_step, placed_state
 from bpt_rl.run.train import train
 from bpt_rl.types import PackedBatch
@@ -112,7 +112,7 @@ def test_auto_takes_what_the_run_began_with_and_ends_with_the_same_bits(
 
 
 def test_auto_is_planned_for_the_rows_of_the_store_and_announced(tiny, tmp_path, monkeypatch):
-    room = capacity.Capacity(accelerator=None, host=8 * 2**30 + 5)
+    room = capacity.Capacity(accelerator=None, host=8 * capacity.GIB + 5)
     monkeypatch.setattr(capacity, "measure", lambda: room)
     said = r"Activations: keep, \d\.\d MiB of 8\.0 GiB planned\."
 
@@ -186,7 +186,7 @@ def test_out_of_memory_names_the_plan_and_ways_out(changes, num_rows, ways, tiny
         statistics=trained.statistics(), num_rows=num_rows, context_length=10**6, is_one_chain_a_row=True
     )
     config = tiny(tmp_path, implementation="blockwise", batch_size=num_rows, **changes)
-    device = Device(name="cpu", memory=8 * GIB, is_host=True)
+    device = Device(name="cpu", memory=8 * capacity.GIB, is_host=True)
     level = plan_step(config, rows, device).level(config.model.activations)
     # Planned to fit, but for a wrong plan.
     watch = MemoryWatch(

@@ -11,6 +11,7 @@ from bpt_rl import config_toml
 from bpt_rl.agents.registry import make_agent
 from bpt_rl.cli import main
 from bpt_rl.config import DataConfig, ModelConfig, OptimizerConfig, PlanConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.datasets.sampling import ChainSampler
 from bpt_rl.datasets.store import Store
 from bpt_rl.envs.tasks import DOMAINS
@@ -18,7 +19,7 @@ from bpt_rl.nn.memory_plan import LEVELS
 from bpt_rl.run import plan as plan_lib
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import H100, Device
-from bpt_rl.run.plan import GIB, make_plan, plan_step, rows_of_task
+from bpt_rl.run.plan import make_plan, plan_step, rows_of_task
 from bpt_rl.run.plan_text import describe
 from bpt_rl.run.step import init_state, make_optimizer
 

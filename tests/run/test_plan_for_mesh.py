@@ -9,11 +9,12 @@ import pytest
 
 from bpt_rl import config_toml
 from bpt_rl.config import DataConfig, PlanConfig, TrainConfig
+from bpt_rl.datasets.capacity import GIB
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.run.activations import choose_activations
 from bpt_rl.run.devices import H100
 from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
-from bpt_rl.run.plan import GIB, make_plan, rows_of_task
+from bpt_rl.run.plan import make_plan, rows_of_task
 from bpt_rl.run.plan_text import describe
 
 LARGE = config_toml.load(TrainConfig, "at_350m").model
