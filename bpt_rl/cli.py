@@ -90,10 +90,12 @@ def _ablate(call: Call) -> None:
     config = parse(ablate_config.AblateConfig, call, [*names[1:], *options], default)
     config = dataclasses.replace(config, name=config.name or Path(names[0]).stem)
     if config.dry_run:
-        from bpt_rl.run.ablation_plan import describe_cells
+        # A plan starts JAX, which would take accelerators from those who run the grid.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        from bpt_rl.run.ablation_plan import describe_cells, device_of
         from bpt_rl.run.grid import expand
 
-        print(describe_cells(config, expand(config)))
+        print(describe_cells(config, expand(config), device_of(config)))
         return
     from bpt_rl.run.ablate import ablate, describe_result, report
 

@@ -1,7 +1,7 @@
 """The finished cells of a grid as its page sees them: seeds together, and numbers of trajectories in families."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bpt_rl.ablate_config import GridConfig
@@ -117,14 +117,19 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
     return groups
 
 
+def cell_title(config: GridConfig, cell: Cell) -> str:
+    """Returns the axes along which a cell may differ from others, in words."""
+    return _told(axes_of(config).values(), cell) or cell.title
+
+
 def setting_title(config: GridConfig, cell: Cell) -> str:
     """Returns the axes along which a cell may differ from others, but for its seed, in words."""
-    told = [
-        f"{axis.title} {cell.values[axis.setting]}"
-        for axis in axes_of(config).values()
-        if axis.name != SEED and axis.varies and axis.setting in cell.values
-    ]
-    return ", ".join(told) or cell.title
+    return _told((axis for name, axis in axes_of(config).items() if name != SEED), cell) or cell.title
+
+
+def _told(axes: Iterable[Axis], cell: Cell) -> str:
+    shown = [axis for axis in axes if axis.varies and axis.setting in cell.values]
+    return ", ".join(f"{axis.title} {cell.values[axis.setting]}" for axis in shown)
 
 
 def families(groups: Sequence[CellGroup]) -> list[list[CellGroup]]:
