@@ -7,6 +7,7 @@ itself, about a thousandth, and whatever the compiler adds. Where devices share 
 import dataclasses
 
 from bpt_rl.config import Activations, ModelConfig
+from bpt_rl.nn.rematerialisation import is_unrolled
 from bpt_rl.nn.workload import FLOAT32, Workload
 from bpt_rl.types import LAYOUTS
 
@@ -19,6 +20,9 @@ IN_HOST: tuple[Activations, ...] = ("offload_attention", "offload")
 ACTIVATION_COPIES = {"relu": 1, "gelu": 5, "silu": 4}
 """Hidden tensors that the derivative of the activation and the product behind it read; relu adds a mask of bytes, and
 gelu reads a sixth before JAX 0.11."""
+
+UNROLLED_COPIES = {"relu": 1, "gelu": 3, "silu": 2}
+"""The same where layers are compiled one by one: XLA then makes what is cheap again in place of keeping it."""
 
 PROCESSOR_STREAMS = 6
 """float32 tensors of the stream's size that XLA holds on a processor beside what is counted here, measured: rotary
@@ -137,12 +141,13 @@ def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
         return size * width
     if activations in ("save_attention", "offload_attention"):
         return size * width + attended
-    normed = size * width
-    kept = _norm_bytes(work) + normed + size * (width + 2 * work.kv_dim) + attended
-    if work.is_chunked:
-        # A chunk's inputs, the stream and the attention's output, laid out chunk by chunk.
-        return kept + 2 * size * width
-    return kept + size * width + _feedforward_bytes(work)
+    projected = size * (width + 2 * work.kv_dim)
+    if is_unrolled(work.model, activations):
+        masks = 2 * width if work.model.dropout else 0
+        hidden = size * work.feedforward_dim * UNROLLED_COPIES[work.model.activation]
+        # Norms are made again of the stream; what they give is kept for the products behind.
+        return 4 * size * width + projected + attended + masks + hidden
+    return _norm_bytes(work) + 2 * size * width + projected + attended + _feedforward_bytes(work)
 
 
 def _norm_bytes(work: Workload) -> int:
@@ -179,6 +184,9 @@ def _attention_bytes(work: Workload, activations: Activations) -> int:
         if work.share.context > 1:
             # Queries, keys and values go as one array: what is sent, beside what arrives.
             heads += size * (width + 2 * kv_dim)
+    if is_unrolled(work.model, activations):
+        # All else takes the place of what the layers behind have kept.
+        return heads // num_groups
     # Layer input, gradient of the stream, the attention's output and its gradient; the gradient of the tokens read.
     held = 4 * size * width + size * width // LAYOUTS[work.model.layout]
     if num_groups > 1:
@@ -206,13 +214,14 @@ def _ring_bytes(work: Workload, activations: Activations) -> int:
 
 def _residual_bytes(work: Workload, activations: Activations) -> int:
     """Returns what the backward pass of output projection and feedforward holds beside what layers keep."""
-    size, width = work.item_bytes, work.model.embed_dim
+    model, size, width = work.model, work.item_bytes, work.model.embed_dim
     # Layer input, its norm, the attention's output, the gradient that comes in, and the two that go out.
-    held = 6 * size * width + size * (width + 2 * work.kv_dim) // work.model.head_groups
+    held = 6 * size * width + size * (width + 2 * work.kv_dim) // model.head_groups
     chunk = 2 * size * work.feedforward_dim  # gradients before and behind the activation
-    if activations != "keep" or work.is_chunked:
-        chunk += _feedforward_bytes(work)
-    return held * work.num_tokens + chunk * work.local_rows * work.chunk_length
+    if activations == "keep":
+        # As in attention, all but the new gradients takes the place of what was kept.
+        return (chunk if is_unrolled(model, activations) else held + chunk) * work.num_tokens
+    return held * work.num_tokens + (chunk + _feedforward_bytes(work)) * work.local_rows * work.chunk_length
 
 
 def count_flops(work: Workload, activations: Activations) -> Flops:
@@ -223,15 +232,14 @@ def count_flops(work: Workload, activations: Activations) -> Flops:
     layers, width = work.model.num_layers, work.model.embed_dim
     # Devices of a row have equal parts of the causal half: zigzag sees to it, or each has whole heads.
     product = work.num_tokens * work.padded_length * width
-    projects_again = activations != "keep"
-    branches_again = projects_again or work.is_chunked
+    is_again = activations != "keep"
     # What the last product of a layer gives is in nobody's derivative: it is not computed again.
     last = width * work.feedforward_dim
     weights = 3 * work.layer_parameters
-    weights += projects_again * work.projection_parameters
+    weights += is_again * work.projection_parameters
     # Groups of layers go forward once more, and whole: each layer's result is the next one's input.
     weights += (work.model.layer_groups > 1) * work.layer_parameters
-    weights += branches_again * (work.residual_parameters - last)
+    weights += is_again * (work.residual_parameters - last)
     return Flops(
         attention=work.accumulation * layers * product * (5 + 2 * attention_passes(work.model, activations)),
         matrices=work.accumulation * layers * 2 * weights * work.num_tokens,

@@ -34,7 +34,7 @@ def scan_layers(layer: Layer, stream: jax.Array, layers: Any, config: ModelConfi
       stream: What enters the first layer.
       layers: Tree of arrays with a leading axis of layers.
       config: `activations` says what a layer keeps:
-        keep: everything; nothing is computed twice.
+        keep: everything, the feedforward's hidden tensors too; nothing is computed twice.
         save_attention: the layer's input, and the attention's output and log-sum-exp: all but the attention is
           computed again, which is most of the work in a long context.
         offload_attention: the same, in the host's pinned memory; on a CPU that is where it lies anyway.
@@ -46,8 +46,8 @@ def scan_layers(layer: Layer, stream: jax.Array, layers: Any, config: ModelConfi
     activations, num_groups = config.activations, config.layer_groups
     body = _rematerialised(layer, activations)
     if num_groups == 1:
-        is_unrolled = activations == "keep" and config.num_layers <= MOST_UNROLLED
-        return jax.lax.scan(body, stream, layers, unroll=config.num_layers if is_unrolled else 1)[0]
+        unroll = config.num_layers if is_unrolled(config, activations) else 1
+        return jax.lax.scan(body, stream, layers, unroll=unroll)[0]
 
     def group(stream: jax.Array, layers: Any) -> tuple[jax.Array, None]:
         return jax.lax.scan(body, checkpoint_name(stream, _GROUP_INPUT), layers)[0], None
@@ -55,6 +55,11 @@ def scan_layers(layer: Layer, stream: jax.Array, layers: Any, config: ModelConfi
     outer: Activations = "offload" if activations.startswith("offload") else "recompute"
     grouped = jax.tree.map(lambda leaf: leaf.reshape(num_groups, -1, *leaf.shape[1:]), layers)
     return jax.lax.scan(_rematerialised(group, outer, _GROUP_INPUT), stream, grouped)[0]
+
+
+def is_unrolled(config: ModelConfig, activations: Activations) -> bool:
+    """Returns whether layers that keep so much are compiled one by one, without a loop over them."""
+    return activations == "keep" and config.layer_groups == 1 and config.num_layers <= MOST_UNROLLED
 
 
 def keeping_attention(function: Callable[..., Any]) -> Callable[..., Any]:

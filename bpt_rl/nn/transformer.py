@@ -165,7 +165,8 @@ class Block(nnx.Module):
     ) -> Float[jax.Array, "B S D"]:
         """Returns the stream after this block; tokens see earlier tokens of their own segment."""
         inputs = (x, self.attend(x, positions, segment_ids, axis))
-        chunk_size = self.config.feedforward_chunk_size
+        # What is to be kept need not be made again chunk by chunk.
+        chunk_size = x.shape[1] if self.config.activations == "keep" else self.config.feedforward_chunk_size
         stream: jax.Array = blockwise_map(self._residuals, inputs, chunk_size, key=dropout_key)
         return stream
 

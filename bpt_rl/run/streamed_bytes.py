@@ -17,13 +17,13 @@ last three are written."""
 def streamed_bytes(work: Workload, activations: Activations) -> int:
     """Returns the bytes that a device reads and writes in a gradient step, products and attention left out."""
     model, tokens = work.model, work.num_tokens
-    projecting, behind = _projecting(work), _behind_attention(work)
-    layer = projecting + behind + _backward(work)
+    # Stream and attention's output are cut into chunks, the new stream is joined.
+    cut = 6 * work.item_bytes * model.embed_dim * (work.is_chunked and activations != "keep")
+    projecting, behind = _projecting(work), _behind_attention(work) + cut
+    layer = projecting + behind + _backward(work) + cut
     if activations != "keep":
         # What is kept is written and read; all but the attention is made again of it.
         layer += 2 * kept_bytes_per_token(work, activations) + projecting + behind
-    elif work.is_chunked:
-        layer += behind
     if model.layer_groups > 1:
         layer += projecting + behind
     layer += _crossing(work, activations)
@@ -41,11 +41,9 @@ def _projecting(work: Workload) -> int:
 
 
 def _behind_attention(work: Workload) -> int:
-    """Returns what two residual sums, a norm, the activation and the cutting into chunks move of a token, forward."""
+    """Returns what two residual sums, a norm and the activation move of a token, forward."""
     width = work.model.embed_dim
-    # Stream and attention's output are cut, the new stream is joined.
-    cut = 6 * width * work.is_chunked
-    return work.item_bytes * (2 * 3 * width + 2 * width + 2 * work.feedforward_dim + cut)
+    return work.item_bytes * (2 * 3 * width + 2 * width + 2 * work.feedforward_dim)
 
 
 def _backward(work: Workload) -> int:
@@ -57,10 +55,9 @@ def _backward(work: Workload) -> int:
     rotary = 2 * size * (width + work.kv_dim)
     # Of three residual sums, and of the gradients of queries, keys and values, which add up to one.
     sums = size * (3 * 3 * width + 2 * 3 * width)
-    cut = 6 * size * width * work.is_chunked
     # cuDNN sums the gradient of queries in float32.
     rounded = (FLOAT32 + size) * width if work.implementation == "cudnn" else 0
-    return norms + hidden + rotary + sums + cut + rounded
+    return norms + hidden + rotary + sums + rounded
 
 
 def _crossing(work: Workload, activations: Activations) -> int:

@@ -75,12 +75,13 @@ def kept_bytes(model, tokens):
     ],
 )
 def test_a_layer_keeps_of_a_token_what_differentiation_keeps(activations, changes):
-    model = dataclasses.replace(SMALL, num_layers=5, activations=activations, **changes)
+    # More layers than are ever compiled one by one.
+    model = dataclasses.replace(SMALL, num_layers=9, activations=activations, **changes)
     # What weights take does not grow with tokens.
     grown = kept_bytes(model, 64) - kept_bytes(model, 32)
     is_sixth_kept = model.activation == "gelu" and jax.__version_info__ < (0, 11)
     sixth = 2 * model.feedforward_dim * is_sixth_kept
-    assert grown == 5 * 32 * (kept_bytes_per_token(workload(model, 64), activations) + sixth)
+    assert grown == 9 * 32 * (kept_bytes_per_token(workload(model, 64), activations) + sixth)
 
 
 def product_flops(jaxpr):
@@ -154,8 +155,7 @@ MEASURED = [
     (32_768, "save_attention", {}, 4.971, 0.02),
     (32_768, "offload_attention", {}, 1.997, 0.02),
     (32_768, "recompute", {}, 3.448, 0.02),
-    (32_768, "keep", {}, 21.687, 0.02),
-    (32_768, "keep", {"feedforward_chunk_size": 32_768}, 61.873, 0.02),
+    (32_768, "keep", {}, 61.873, 0.02),
     (131_072, "save_attention", {}, 16.332, 0.01),
     (131_072, "offload_attention", {}, 4.488, 0.01),
     (131_072, "recompute", {}, 10.238, 0.01),
@@ -194,6 +194,28 @@ def test_planned_bytes_are_those_of_a_compiled_step(tokens, activations, changes
     plan = plan_memory(work, activations)
     assert plan.parameters + plan.optimizer == pytest.approx(3.4 * GIB, rel=0.01)
     assert plan.device == pytest.approx((3.4 + temporary) * GIB, rel=tolerance)
+
+
+# Temporary GiB of a step of at_small, bfloat16, on 64 rows of 1000 tokens, compiled for an H100 by jax 0.11.2.
+UNROLLED = [
+    ({}, 2.825),
+    ({"dropout": 0.0}, 2.657),
+    ({"activation": "relu"}, 1.864),
+    ({"activation": "silu", "num_kv_heads": 2}, 2.214),
+    ({"num_layers": 2}, 1.537),
+    ({"num_layers": 8}, 5.402),
+    ({"compute_dtype": "float32", "implementation": "blockwise"}, 5.293),
+]
+
+
+@pytest.mark.parametrize(("changes", "temporary"), UNROLLED)
+def test_planned_bytes_of_a_small_step_are_those_of_a_compiled_one(changes, temporary):
+    model = config_toml.load(TrainConfig, "at_small").model
+    model = dataclasses.replace(model, **{"compute_dtype": "bfloat16"} | changes)
+    implementation = changes.get("implementation", "cudnn")
+    num_parameters = model.num_layers * 12 * 256**2 + 300_000
+    work = workload(model, 1000, implementation, num_parameters=num_parameters, num_rows=64)
+    assert plan_memory(work, "keep").temporary == pytest.approx(temporary * GIB, rel=0.08)
 
 
 def test_planned_host_bytes_are_those_of_a_compiled_step():

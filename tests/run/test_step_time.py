@@ -107,8 +107,7 @@ def test_bytes_that_pass_through_memory_are_those_of_a_sum_by_hand():
     assert (
         streamed_bytes(chunked, "save_attention") == 8192 * (2 * forward + backward + kept + cuts) + weights
     )
-    behind = 2 * (6 + 2 + 2 * 4) * D
-    assert streamed_bytes(chunked, "keep") == 8192 * (forward + behind + backward + cuts) + weights
+    assert streamed_bytes(chunked, "keep") == 8192 * (forward + backward) + weights
     # Groups of layers go forward once more, and whole.
     model = dataclasses.replace(model, num_layers=2)
     one, two = (
