@@ -47,7 +47,8 @@ class MemoryPlan:
     layer: int
     """The largest temporary: what the backward pass of one layer holds at once."""
     update: int
-    """All that the optimizer's update holds: parameters, gradients and both moments, when activations are gone."""
+    """All that the optimizer's update holds, when activations are gone: gradients, parameters and both moments; of
+    those that lie in the host's memory two layers, and what is no layer's."""
     host: int
     """Pinned memory of the host."""
 
@@ -89,6 +90,9 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
         transient += tokens * PROCESSOR_STREAMS * FLOAT32 * model.embed_dim
     parameters = FLOAT32 * work.local_parameters
     in_host = work.optimizer_in_host
+    updated = parameters
+    if in_host:
+        updated += FLOAT32 * (2 * work.layer_parameters - work.matrix_parameters)
     return MemoryPlan(
         parameters=parameters - in_host * work.matrix_parameters * (FLOAT32 - work.item_bytes),
         optimizer=0 if in_host else 2 * parameters,
@@ -96,7 +100,7 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
         kept=(0 if activations in IN_HOST else kept) + _kept_matrices(work, activations),
         embeddings=0 if work.is_chunked else tokens * (FLOAT32 * model.embed_dim + dropped),
         layer=transient + _layer_weights(work),
-        update=4 * parameters,
+        update=parameters + 3 * updated,
         host=in_host * 3 * parameters + (kept if activations in IN_HOST else 0),
     )
 

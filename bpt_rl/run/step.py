@@ -12,7 +12,8 @@ import optax
 from bpt_rl.agents.base import Agent, Params
 from bpt_rl.config import OptimizerConfig
 from bpt_rl.nn.device_mesh import parameter_shardings
-from bpt_rl.nn.working_copy import narrowed, slots_of, with_slots
+from bpt_rl.nn.working_copy import slots_of, with_slots
+from bpt_rl.run.host_state import updated_in_parts, working_copy_of
 from bpt_rl.run.seed_axis import over_seeds, shapes_over_seeds
 from bpt_rl.types import PackedBatch
 
@@ -39,19 +40,34 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay."""
+def make_optimizer(
+    config: OptimizerConfig, gradient_norm: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by the global norm; only matrices of linear layers decay.
+
+    Args:
+      config: Rates, decay, and the norm to clip to.
+      gradient_norm: Of the whole gradient, for an optimizer that is to be given parts of it, one after another.
+    """
 
     def is_decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: getattr(path[-1], "key", "") == "kernel", params
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config), b2=config.beta2, weight_decay=config.weight_decay, mask=is_decayed
-        ),
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if gradient_norm is not None:
+        clip = optax.stateless(lambda part, _: clipped(part, gradient_norm, config.clip_norm))
+    adamw = optax.adamw(
+        make_schedule(config), b2=config.beta2, weight_decay=config.weight_decay, mask=is_decayed
+    )
+    return optax.chain(clip, adamw)
+
+
+def clipped(part: Params, gradient_norm: jax.Array, clip_norm: float) -> Params:
+    """Returns a part of a gradient, scaled down as `optax.clip_by_global_norm` scales the whole."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.select(gradient_norm < clip_norm, leaf, leaf / gradient_norm * clip_norm), part
     )
 
 
@@ -78,8 +94,8 @@ def train_step(
       key: Draws dropout; the step number is folded in here.
     """
     gradient, metrics = step_gradient(agent, state.params, batch, jax.random.fold_in(key, state.step))
-    state, norms = updated(optimizer, state, gradient)
-    return state, metrics | norms
+    state = updated(optimizer, state, gradient)
+    return state, metrics | _norms(optax.tree.norm(gradient), optax.tree.norm(state.params))
 
 
 def step_gradient(
@@ -111,15 +127,15 @@ def step_gradient(
     return gradient, {name: values.sum() for name, values in metrics.items()}
 
 
-def updated(
-    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params
-) -> tuple[TrainState, Metrics]:
-    """Returns the state after an update, and the norms of gradient and parameters."""
+def updated(optimizer: optax.GradientTransformation, state: TrainState, gradient: Params) -> TrainState:
+    """Returns the state after an update."""
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+
+
+def _norms(gradient_norm: jax.Array, parameter_norm: jax.Array) -> Metrics:
     # Not finite at the step that breaks the parameters, where the loss is so only at the next.
-    norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(params)}
-    return TrainState(state.step + 1, params, optimizer_state), norms
+    return {"gradient_norm": gradient_norm, "parameter_norm": parameter_norm}
 
 
 def state_layout(
@@ -148,16 +164,18 @@ def placed_state(
     agent: Agent, config: OptimizerConfig, seed: int, mesh: jax.sharding.Mesh | None = None
 ) -> TrainState:
     """Returns the state before the first step, each array in its place; over a mesh, made there, nowhere whole."""
-    make = functools.partial(init_state, agent, make_optimizer(config), seed)
+    optimizer = make_optimizer(config)
+    make = functools.partial(init_state, agent, optimizer, seed)
+    if config.place == "device" and not mesh:
+        return make()
+    placed = _shardings(state_layout(jax.eval_shape(make), config, mesh))
     if mesh:
-        layout = state_layout(jax.eval_shape(make), config, mesh)
-        shared: TrainState = jax.jit(make, out_shardings=_shardings(layout))()
+        shared: TrainState = jax.jit(make, out_shardings=placed)()
         return shared
-    state = make()
-    if config.place == "device":
-        return state
-    placed: TrainState = jax.device_put(state, _shardings(state_layout(state, config)))
-    return placed
+    # Of the state only the parameters are ever whole on the device.
+    params = jax.device_put(agent.init(jax.random.key(seed)), placed.params)
+    moments = jax.jit(optimizer.init, out_shardings=placed.optimizer_state)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
 
 def _shardings(layouts: Any) -> Any:
@@ -239,19 +257,18 @@ def _lowered_transfers(
     config: OptimizerConfig, shapes: TrainState, kernel_dtype: str
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """Returns what goes before and after the gradient of a state in the host: the working copy, and the update."""
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-
-    def fetched(leaf: jax.Array, layout: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(leaf, device) if layout.sharding.memory_kind == "pinned_host" else leaf
+    schedule, placed = make_schedule(config), _shardings(shapes)
 
     def copy(params: Params) -> Params:
-        return narrowed(jax.tree.map(fetched, params, shapes.params), kernel_dtype)
+        return working_copy_of(params, kernel_dtype)
 
     def update(state: TrainState, gradient: Params) -> tuple[TrainState, Metrics]:
-        next_state, norms = updated(optimizer, jax.tree.map(fetched, state, shapes), gradient)
+        gradient_norm = optax.tree.norm(gradient)
+        optimizer = make_optimizer(config, gradient_norm)
+        next_state, parameter_norm = updated_in_parts(functools.partial(updated, optimizer), state, gradient)
+        norms = _norms(gradient_norm, parameter_norm)
         return next_state, norms | {"learning_rate": schedule(state.step)}
 
     gradient = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes.params)
-    into_host = jax.jit(update, donate_argnums=0, out_shardings=(_shardings(shapes), None))
+    into_host = jax.jit(update, donate_argnums=0, out_shardings=(placed, None))
     return jax.jit(copy).lower(shapes.params), into_host.lower(shapes, gradient)

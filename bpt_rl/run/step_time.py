@@ -38,9 +38,11 @@ def computing_seconds(
     rates: Rates, work: Workload, activations: Activations, flops: Flops, memory: MemoryPlan
 ) -> float:
     """Returns the seconds of a device's kernels and of its transfers to the host and back."""
-    moments = 2 * memory.parameters * work.optimizer_in_host
-    # There and back, for each micro-batch.
-    moved = 2 * work.accumulation * (memory.host - moments)
+    parameters = FLOAT32 * work.local_parameters * work.optimizer_in_host
+    state = 3 * parameters
+    # There and back: what layers keep, for each micro-batch; parameters and moments for the update. Before it the
+    # parameters come for the working copy.
+    moved = 2 * work.accumulation * (memory.host - state) + 2 * state + parameters
     return (
         attention_seconds(rates, work, activations, flops)
         + flops.matrices / rates.matrices

@@ -317,6 +317,7 @@ def test_a_state_in_the_host_leaves_a_copy_in_the_compute_type_until_the_update(
     assert here.device - there.device == moments + 2 * kernels
     here, there = both(131_072, compute_dtype="float32")
     assert here.device - there.device == moments
-    # The update of so few tokens holds more than their backward pass.
-    here, there = both(64)
-    assert here.device > there.device == 16 * 303_109_126
+    # The update has two layers of parameters and moments beside all gradients, and what is no layer's.
+    layer, rest = 12 * 1024**2, 303_109_126 - kernels
+    assert there.update == 4 * 303_109_126 + 12 * (2 * layer + rest)
+    assert here.update == 16 * 303_109_126
