@@ -30,6 +30,9 @@ class GridConfig:
     training, which underlie a cell."""
     linked: tuple[Axes, ...] = ()
     """Groups of settings that vary together, with equally many values each, like a task and its store."""
+    controls: tuple[Axes, ...] = ()
+    """Cells beside the grid, each like one of it but for a change: settings of axes say which cells, by their values,
+    and any others are what is changed in them. The page compares each with the cell that it is like."""
     equal: Literal["tokens", "gradient_steps"] = "tokens"
     """What cells share beside the number of gradient steps: trajectories a batch, or chains a batch."""
     seeds_at_once: int = 1
@@ -49,21 +52,29 @@ class GridConfig:
             )
         seen: set[str] = set()
         for axis in self.every_axis():
-            lengths = {len(values) for values in axis.values()}
-            if len(lengths) > 1 or 0 in lengths:
-                got = ", ".join(f"{len(values)} of {name}" for name, values in axis.items())
-                raise ValueError(
-                    f"An axis needs a value, and linked settings equally many; got {got}. Name as many of each."
-                )
-            rows = list(map(repr, zip(*axis.values(), strict=True)))
-            if len(set(rows)) < len(rows):
-                names = ", ".join(axis)
-                raise ValueError(f"An axis must not repeat a value; got {names} = {rows}. Leave one out.")
+            _check_axis(axis)
             if twice := seen & axis.keys():
                 raise ValueError(
                     f"A setting must be on one axis; got {min(twice)} on two. Leave it out of axes or of linked."
                 )
             seen |= axis.keys()
+        for control in self.controls:
+            self._check_control(control)
+
+    def _check_control(self, control: Axes) -> None:
+        for name, values in control.items():
+            _check_axis({name: values})
+            known = next((axis[name] for axis in self.every_axis() if name in axis), values)
+            if others := [value for value in values if value not in known]:
+                raise ValueError(
+                    f"A control must be like a cell of the grid; got {name} {others[0]}, whose axis has "
+                    f"{', '.join(map(str, known))}. Add it there, or take another."
+                )
+        if control.keys() <= set(self.settings()):
+            raise ValueError(
+                "A control must change a setting that is on no axis; got "
+                f"{', '.join(control) or 'none at all'}. Name what sets it apart from its cells of the grid."
+            )
 
     def every_axis(self) -> Iterator[Axes]:
         """Yields the axes of the grid, an unlinked setting as a group of one; the last varies fastest."""
@@ -73,6 +84,24 @@ class GridConfig:
     def settings(self) -> list[str]:
         """Returns the dotted names of all settings that vary."""
         return [name for axis in self.every_axis() for name in axis]
+
+    def changed(self) -> list[str]:
+        """Returns the dotted names of all settings that controls change."""
+        axes = self.settings()
+        return list(dict.fromkeys(name for control in self.controls for name in control if name not in axes))
+
+
+def _check_axis(axis: Axes) -> None:
+    lengths = {len(values) for values in axis.values()}
+    if len(lengths) > 1 or 0 in lengths:
+        got = ", ".join(f"{len(values)} of {name}" for name, values in axis.items())
+        raise ValueError(
+            f"An axis needs a value, and linked settings equally many; got {got}. Name as many of each."
+        )
+    rows = list(map(repr, zip(*axis.values(), strict=True)))
+    if len(set(rows)) < len(rows):
+        names = ", ".join(axis)
+        raise ValueError(f"An axis must not repeat a value; got {names} = {rows}. Leave one out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

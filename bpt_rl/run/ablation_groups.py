@@ -23,6 +23,8 @@ class CellGroup:
 
     values: Mapping[str, Any]
     """Of the axes but that of the seed, by their names."""
+    cell: Cell
+    """The first."""
     common: str
     """What sets the group apart but for its number of trajectories and its task."""
     group: Group
@@ -37,6 +39,11 @@ class CellGroup:
     def is_complete(self) -> bool:
         """Whether no seed is missing."""
         return len(self.addresses) == self.num_cells
+
+    @property
+    def change(self) -> Mapping[str, Any]:
+        """What makes the group a control, by dotted name of the setting; empty for one of the grid itself."""
+        return self.cell.change
 
     @property
     def task(self) -> str:
@@ -96,7 +103,7 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
         own = some[0].values
         values = {n: own[a.setting] for n, a in axes.items() if a.setting in own and n != SEED}
         varying = {name: value for name, value in values.items() if axes[name].varies}
-        common, played = _note(varying), ""
+        common, played = _note(varying | dict(some[0].change)), ""
         if COUNT in values and axes[COUNT].setting == _COUNTS[1]:
             played = count(int(values[COUNT]), "episode")
             if some[0].train.agent not in CHAIN_AGENTS:
@@ -107,6 +114,7 @@ def read_groups(config: GridConfig, cells: Sequence[Cell], folder: GridFolder) -
         groups.append(
             CellGroup(
                 values=values,
+                cell=some[0],
                 common=common,
                 group=Group(runs, ", ".join(filter(None, (played, common)))),
                 costs=[result["costs"] for result in results],
@@ -128,15 +136,21 @@ def setting_title(config: GridConfig, cell: Cell) -> str:
 
 
 def _told(axes: Iterable[Axis], cell: Cell) -> str:
-    shown = [axis for axis in axes if axis.varies and axis.setting in cell.values]
-    return ", ".join(f"{axis.title} {cell.values[axis.setting]}" for axis in shown)
+    shown = {
+        axis.title: cell.values[axis.setting] for axis in axes if axis.varies and axis.setting in cell.values
+    }
+    shown |= {words_of(name): value for name, value in cell.change.items()}
+    return ", ".join(f"{title} {value}" for title, value in shown.items())
 
 
 def families(groups: Sequence[CellGroup]) -> list[list[CellGroup]]:
-    """Returns groups that differ by their number of trajectories alone, ascending, where there are two or more."""
+    """Returns groups that differ by their number of trajectories alone, ascending, where there are two or more.
+
+    Controls are in none.
+    """
     found: dict[str, list[CellGroup]] = {}
     for group in groups:
-        if COUNT in group.values:
+        if not group.change and COUNT in group.values:
             rest = {name: value for name, value in group.values.items() if name != COUNT}
             found.setdefault(repr(rest), []).append(group)
     several = [sorted(family, key=lambda g: int(g.values[COUNT])) for family in found.values()]

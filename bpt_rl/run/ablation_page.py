@@ -9,7 +9,8 @@ from typing import Any
 from bpt_rl import config_toml
 from bpt_rl.ablate_config import GridConfig
 from bpt_rl.datasets.capacity import GIB
-from bpt_rl.run import ablation_plots, report_page, report_plots, report_tables
+from bpt_rl.run import ablation_controls, ablation_plots, report_page, report_plots, report_tables
+from bpt_rl.run.ablation_controls import beside, controlled
 from bpt_rl.run.ablation_groups import (
     COUNT,
     SEED,
@@ -42,7 +43,7 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
       folder: Theirs.
       command: Command line that repeats it.
     """
-    groups = read_groups(config, cells, folder)
+    groups = beside(read_groups(config, cells, folder))
     axes = list(axes_of(config).values())
     tasks: dict[str, list[CellGroup]] = {}
     for group in groups:
@@ -57,6 +58,7 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
             for heading, content in (
                 ("Returns", report_tables.results([g.group for g in some], first=number)),
                 ("How many trajectories", _plots(_count_plots(some, f"t{index}"))),
+                ("Controls", _controls(some, f"t{index}k")),
                 ("Return within the context", _plots(_curves(some, f"t{index}"))),
                 ("How the axes act together", _plots(ablation_plots.interactions(some, axes, f"t{index}i"))),
                 ("What it took", _costs(some, f"t{index}c")),
@@ -68,7 +70,7 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     sections += [
         ("Episodes that the simulator ended", report_tables.failures([g.group for g in groups])),
         ("Versions", _versions(groups)),
-        ("To repeat it", _repeat(config, groups, command)),
+        ("To repeat it", _repeat(config, [group for some in tasks.values() for group in some], command)),
     ]
     varied = ", ".join(axis.title for axis in axes if axis.varies and axis.name not in (TASK, SEED))
     title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
@@ -94,12 +96,17 @@ def _count_plots(groups: Sequence[CellGroup], prefix: str) -> Iterator[Plot]:
             yield dataclasses.replace(plot, title=f"{plot.title}, {family_title(family)}")
 
 
+def _controls(groups: Sequence[CellGroup], prefix: str) -> str:
+    return ablation_controls.differences(groups) + _plots(ablation_controls.plots(groups, prefix))
+
+
 def _curves(groups: Sequence[CellGroup], prefix: str) -> Iterator[Plot | None]:
     several = families(groups)
     for index, family in enumerate(several):
         yield ablation_plots.curves_by_count(family, f"{prefix}e{index}")
-    in_family = {id(group) for family in several for group in family}
-    alone = [group.group for group in groups if id(group) not in in_family]
+    drawn = {id(group) for family in several for group in family}
+    drawn |= {id(group) for base, controls in controlled(groups) for group in (base, *controls)}
+    alone = [group.group for group in groups if id(group) not in drawn]
     for index, group in enumerate(alone):
         yield report_plots.episode_curve(group, f"{prefix}{index}")
 

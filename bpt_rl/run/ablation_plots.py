@@ -18,13 +18,25 @@ from bpt_rl.run.report_verdict import judged
 
 def curves_by_count(family: Sequence[CellGroup], prefix: str) -> Plot | None:
     """Returns return against episode within the context, a line a number of trajectories; None if none has two."""
-    shown = [group for group in family if group.group.evaluation["num_episodes"] > 1]
+    members = [(f"{member.values[COUNT]} trajectories", member) for member in family]
+    return curves(members, family_title(family), prefix)
+
+
+def curves(members: Sequence[tuple[str, CellGroup]], title: str, prefix: str) -> Plot | None:
+    """Returns return against episode within the context, a line a group; None if none has two episodes.
+
+    Args:
+      members: Groups, each with its name in the legend.
+      title: Of what they have in common.
+      prefix: Of the figure's ids.
+    """
+    shown = [(name, group) for name, group in members if group.group.evaluation["num_episodes"] > 1]
     if not shown:
         return None
     legend, alt = [], []
     with figure_axes() as (figure, axes):
-        for index, member in enumerate(shown):
-            look = series_entry(f"{member.values[COUNT]} trajectories", index)
+        for index, (name, member) in enumerate(shown):
+            look = series_entry(name, index)
             estimates = protocols.curves(member.group.logs("chain"))
             x = np.arange(1, len(estimates) + 1)
             if estimates[0].has_interval:
@@ -32,15 +44,15 @@ def curves_by_count(family: Sequence[CellGroup], prefix: str) -> Plot | None:
                 axes.fill_between(x, low, high, color=SENTINEL[look.variable], alpha=0.16, linewidth=0)
             axes.plot(x, [e.value for e in estimates], **look.style)
             legend.append(look)
-            alt.append(f"{look.label} from {_words(estimates[0])} to {_words(estimates[-1])}")
+            alt.append(f"{look.label} from {words(estimates[0])} to {words(estimates[-1])}")
         axes.set(xlabel="episode within the context", ylabel="return")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         svg = to_svg(figure, prefix)
-    title = family_title(family)
-    words = f"Return at each episode of the context, {title}: {'; '.join(alt)}."
+    alt_words = f"Return at each episode of the context, {title}: {'; '.join(alt)}."
+    sample = sample_words([group for _, group in shown])
     return Plot(
-        svg, title, words, f"Context kept; bands are pointwise 95% t intervals. {_sample(shown)}.", legend
+        svg, title, alt_words, f"Context kept; bands are pointwise 95% t intervals. {sample}.", legend
     )
 
 
@@ -48,10 +60,11 @@ def interactions(groups: Sequence[CellGroup], axes: Sequence[Axis], prefix: str)
     """Yields a plot for each pair of axes that both vary; with the number of trajectories if that varies.
 
     Args:
-      groups: Of one task.
+      groups: Of one task; controls do not count.
       axes: Of the grid; those of task and seed do not count.
       prefix: Of the figures' ids.
     """
+    groups = [group for group in groups if not group.change]
     varying = [
         axis
         for axis in axes
@@ -92,13 +105,13 @@ def _interaction(groups: Sequence[CellGroup], x: Axis, lines: Axis, prefix: str)
             places = np.array(at) + 0.06 * (index - (len(series) - 1) / 2)
             axes.errorbar(places, values, np.nan_to_num(np.abs(reach)), elinewidth=1.4, **look.style)
             legend.append(look)
-            told = ", ".join(f"{_words(e)} at {marks[i]}" for i, e in zip(at, estimates, strict=True))
+            told = ", ".join(f"{words(e)} at {marks[i]}" for i, e in zip(at, estimates, strict=True))
             alt.append(f"{look.label}: {told}")
         axes.set_xticks(range(len(marks)), marks)
         axes.set(xlabel=x.title, ylabel="return")
         svg = to_svg(figure, prefix)
     title = f"{x.title[0].upper()}{x.title[1:]} and {lines.title}"
-    caption = f"Last episode of a context of several, else the mean of the episodes. {_sample(both)}."
+    caption = f"Last episode of a context of several, else the mean of the episodes. {sample_words(both)}."
     if len(shared) > 1:
         caption += f" Each point is the mean over {len(shared)} settings of the other axes."
     return Plot(svg, title, f"Return against {x.title}. {'; '.join(alt)}.", caption, legend)
@@ -139,8 +152,8 @@ def cost_plot(members: Mapping[str, Sequence[CellGroup]], prefix: str) -> Plot |
         axes.set_ylim(bottom=0.0)
         axes.set(xlabel="trajectories in context", ylabel="seconds of a training")
         svg = to_svg(figure, prefix)
-    words = f"Seconds of a training against trajectories in context. {'; '.join(alt)}."
-    return Plot(svg, "Time of a training", words, "Mean over seeds, compilation included.", legend)
+    alt_words = f"Seconds of a training against trajectories in context. {'; '.join(alt)}."
+    return Plot(svg, "Time of a training", alt_words, "Mean over seeds, compilation included.", legend)
 
 
 def mean_cost(group: CellGroup, name: str) -> float | None:
@@ -152,13 +165,15 @@ def mean_cost(group: CellGroup, name: str) -> float | None:
     return float(np.mean([cost[name] / number for cost, number in zip(known, shared, strict=True)]))
 
 
-def _words(estimate: Estimate) -> str:
+def words(estimate: Estimate) -> str:
+    """Returns a value with its interval."""
     if not estimate.has_interval:
         return f"{format_return(estimate.value)} (no interval)"
     return f"{format_return(estimate.value)} [{format_return(estimate.low)}, {format_return(estimate.high)}]"
 
 
-def _sample(groups: Sequence[CellGroup]) -> str:
+def sample_words(groups: Sequence[CellGroup]) -> str:
+    """Returns the chains, seeds and subsets of several groups."""
     seeds = sorted({len(group.group.runs) for group in groups})
     chains = sorted({group.group.evaluation["num_chains"] for group in groups})
     subsets = dict.fromkeys(str(group.group.evaluation["data"]["subset"]) for group in groups)

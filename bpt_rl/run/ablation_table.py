@@ -36,10 +36,17 @@ def write_tables(cells: Sequence[Cell], folder: GridFolder) -> None:
     done = folder.finished()
     results = [(cell, folder.result(cell.address)) for cell in cells if cell.address in done]
     names = list(dict.fromkeys(name for cell in cells for name in cell.values))
-    rows = [row for cell, result in results for row in _number_rows(cell, result)]
+    changed = {name for cell in cells for name in cell.change}
+
+    def values_of(cell: Cell) -> dict[str, Any]:
+        # What a control changes, the others have too.
+        return {name: cell.setting(name) for name in changed} | dict(cell.values)
+
+    rows = [values_of(cell) | row for cell, result in results for row in _number_rows(cell, result)]
     _write(folder.table_path, [*names, *_COLUMNS], rows)
     costs = [
-        {**cell.values, **_naming(cell), **{n: result["costs"][n] for n in COSTS}} for cell, result in results
+        {**values_of(cell), **_naming(cell), **{n: result["costs"][n] for n in COSTS}}
+        for cell, result in results
     ]
     _write(folder.costs_path, [*names, *_NAMING, *COSTS], costs)
 
@@ -77,7 +84,6 @@ def _number_rows(cell: Cell, result: Mapping[str, Any]) -> Iterator[dict[str, An
     for context, estimates in record["estimates"].items():
         log = record["logs"][context]
         common = {
-            **cell.values,
             **_naming(cell),
             "subset": record["data"]["subset"],
             "rolled_out": context,

@@ -3,7 +3,8 @@
 import html
 from collections.abc import Iterator, Sequence
 
-from bpt_rl.run.ablation_contrast import contrast
+from bpt_rl.run.ablation_contrast import Contrast, contrast
+from bpt_rl.run.ablation_controls import change_title, controlled
 from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, families, words_of
 from bpt_rl.run.report_numbers import ReportedNumber
 
@@ -12,7 +13,7 @@ MOST = 12
 
 
 def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
-    """Returns the page's first paragraphs as HTML: the most trajectories against the fewest, then other axes.
+    """Returns the page's first paragraphs as HTML: the most trajectories against the fewest, controls, other axes.
 
     What misses a seed is compared with nothing: intervals over unequal samples do not say the same.
     """
@@ -20,7 +21,10 @@ def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
         return "<p>No cell of this grid is finished, so nothing can be said of it.</p>"
     whole = [group for group in groups if group.is_complete]
     left_out = _left_out(groups)
-    sentences = [*(_of_count(family) for family in families(whole)), *_of_others(whole, axes)]
+    tasks = dict.fromkeys(group.task for group in whole)
+    by_task = [[group for group in whole if group.task == task] for task in tasks]
+    sentences = [sentence for some in by_task for sentence in (*_of_counts(some), *_of_controls(some))]
+    sentences += _of_others([group for group in whole if not group.change], axes)
     if not sentences and left_out:
         return (
             f"<p>No two settings of this grid that could be compared have all their seeds yet.</p>{left_out}"
@@ -48,39 +52,80 @@ def _left_out(groups: Sequence[CellGroup]) -> str:
     return f'<p class="note">Not compared, since seeds are missing: {words}.</p>' if some else ""
 
 
-def _of_count(family: Sequence[CellGroup]) -> str:
-    most, fewest = family[-1], family[0]
-    found = contrast(most.group, fewest.group)
-    of = f" ({html.escape(most.common)})" if most.common else ""
-    lead = (
-        f"On <strong>{html.escape(most.task)}</strong>, {html.escape(most.group.agent_title)}{of}, "
-        f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {found.protocol} "
-        f"{found.gain.render_inline()}"
-    )
-    if found.control is None or found.by_context is None:
-        return (
-            f"{lead}; {_help(found.gain)}. Without the memoryless control nothing can be said of the context."
+def _of_counts(groups: Sequence[CellGroup]) -> Iterator[str]:
+    """Yields the most trajectories against the fewest."""
+    for family in families(groups):
+        most, fewest = family[-1], family[0]
+        found = contrast(most.group, fewest.group)
+        of = f" ({html.escape(most.common)})" if most.common else ""
+        yield (
+            f"On <strong>{html.escape(most.task)}</strong>, {html.escape(most.group.agent_title)}{of}, "
+            f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {_measured(found)} "
+            f"{_count_words(found)}"
         )
+
+
+def _of_controls(groups: Sequence[CellGroup]) -> Iterator[str]:
+    """Yields each control against what it is like."""
+    for base, controls in controlled(groups):
+        for control in controls:
+            found = contrast(control.group, base.group)
+            yield (
+                f"On <strong>{html.escape(base.task)}</strong>, control: {html.escape(base.group.title)}, "
+                f"{html.escape(change_title(control, base))}: {_measured(found)} {_control_words(found)}"
+            )
+
+
+def _measured(found: Contrast) -> str:
+    gain = f"{found.protocol} {found.gain.render_inline()}"
+    if found.control is None or found.by_context is None:
+        return f"{gain}."
     return (
-        f"{lead}; the memoryless control {found.control.render_inline()}; so the context accounts for "
-        f"{found.by_context.render_inline()}. {_help(found.gain).capitalize()}, and {_share(found.by_context)}."
+        f"{gain}; the memoryless control {found.control.render_inline()}; so keeping the context adds "
+        f"{found.by_context.render_inline()} more."
     )
 
 
-def _help(gain: ReportedNumber) -> str:
-    return {
-        "up": "more trajectories help",
-        "down": "more trajectories do harm",
-        "": "there is no evidence that the number of trajectories matters",
-    }[_direction(gain)]
+_UNTOLD = "Without the memoryless control nothing can be said of the context."
 
 
-def _share(by_context: ReportedNumber) -> str:
-    return {
-        "up": "having them in context is part of it: the same checkpoint gains less when its context is cleared",
-        "down": "having them in context does harm: the same checkpoint gains more when its context is cleared",
-        "": "there is no evidence that having them in context is what matters",
-    }[_direction(by_context)]
+def _count_words(found: Contrast) -> str:
+    gain = {
+        "up": "More trajectories help",
+        "down": "More trajectories do harm",
+        "": "There is no evidence that the number of trajectories matters",
+    }[_direction(found.gain)]
+    if found.by_context is None:
+        return f"{gain}. {_UNTOLD}"
+    # What contexts do may go against what all does together.
+    context = {
+        ("up", "up"): "and having them in context is part of it: cleared contexts gain less",
+        ("up", "down"): "although having them in context does harm: cleared contexts gain more",
+        ("down", "up"): "although having them in context helps: cleared contexts lose more",
+        ("down", "down"): "and having them in context is part of it: cleared contexts lose less",
+        ("", "up"): "but having them in context helps: cleared contexts gain less",
+        ("", "down"): "but having them in context does harm: cleared contexts gain more",
+    }.get(
+        (_direction(found.gain), _direction(found.by_context)),
+        "and there is no evidence that having them in context is what matters",
+    )
+    return f"{gain}, {context}."
+
+
+def _control_words(found: Contrast) -> str:
+    gain = {
+        "up": "The control returns more",
+        "down": "The control returns less",
+        "": "There is no telling which returns more",
+    }[_direction(found.gain)]
+    if found.by_context is None:
+        return f"{gain}. {_UNTOLD}"
+    context = {
+        "up": "its context adds more",
+        "down": "its context adds less",
+        "": "there is no telling whose context adds more",
+    }[_direction(found.by_context)]
+    return f"{gain}; {context}."
 
 
 def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[str]:

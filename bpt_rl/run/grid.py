@@ -40,6 +40,8 @@ class Cell:
 
     values: Mapping[str, Any]
     """Of the settings that vary and that the agent reads, by dotted name."""
+    change: Mapping[str, Any]
+    """Those of them that make it a control; empty for a cell of the grid itself."""
     train: TrainConfig
     """Its run is the folder's own name: where it lies is not part of a cell."""
     evaluate: EvaluateConfig
@@ -53,9 +55,15 @@ class Cell:
         named = [f"{name.rpartition('.')[2]} {value}" for name, value in self.values.items()]
         return ", ".join(named) or self.train.run
 
+    def setting(self, name: str) -> Any:
+        """Returns any setting of training or evaluation by its dotted name; None for what is not read."""
+        if name == "preset" or not _is_read(self.train.agent, name):
+            return None
+        return functools.reduce(getattr, name.split("."), self)
+
 
 def expand(config: GridConfig) -> list[Cell]:
-    """Returns the cells of a grid, each once, the last axis varying fastest.
+    """Returns the cells of a grid, each once, the last axis varying fastest; then those of its controls.
 
     A cell takes of the settings those that its agent reads. So an agent that learns from single transitions has one
     cell where others have one for each number of trajectories. With `equal = "tokens"` the chains of a batch shrink as
@@ -67,15 +75,19 @@ def expand(config: GridConfig) -> list[Cell]:
         lacks the task or its simulator.
     """
     names = _setting_names()
-    for name in config.settings():
+    for name in config.settings() + config.changed():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"An axis must be a setting of a cell; got {name!r}. Nearest valid one: {near!r}."
             )
     stores, fixed = _Stores(), _Fixed(config)
-    cells = (_cell(config, fixed.below(values), values, stores) for values in _combinations(config))
-    return list({cell.address: cell for cell in cells}.values())
+    found: dict[str, Cell] = {}
+    for values in _combinations(config):
+        cell = _cell(config, fixed.below(values), values, stores)
+        # The first counts: a change that its agent does not read makes no control.
+        found.setdefault(cell.address, cell)
+    return list(found.values())
 
 
 def _setting_names() -> list[str]:
@@ -88,8 +100,18 @@ def _combinations(config: GridConfig) -> Iterator[dict[str, Any]]:
         [dict(zip(axis, row, strict=True)) for row in zip(*axis.values(), strict=True)]
         for axis in config.every_axis()
     ]
-    for parts in itertools.product(*axes):
-        yield {name: value for part in parts for name, value in part.items()}
+    combinations = [
+        {name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)
+    ]
+    yield from combinations
+    changed = config.changed()
+    for control in config.controls:
+        chosen = {name: values for name, values in control.items() if name not in changed}
+        changes = {name: values for name, values in control.items() if name in changed}
+        for values in combinations:
+            if all(values[name] in some for name, some in chosen.items()):
+                for row in itertools.product(*changes.values()):
+                    yield values | dict(zip(changes, row, strict=True))
 
 
 def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any], stores: "_Stores") -> Cell:
@@ -105,8 +127,11 @@ def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any
         raise ValueError(f"{error} (In the cell of {words or 'all defaults'}.)") from error
     digest = stores.digest(made.train.data.store, made.train.data.task)
     training = _address([CELL_SCHEMA, digest, _content(made.train)])
+    own = {name: value for name, value in values.items() if _is_read(agent, name)}
+    changed = config.changed()
     return Cell(
-        values={name: value for name, value in values.items() if _is_read(agent, name)},
+        values=own,
+        change={name: value for name, value in own.items() if name in changed},
         train=dataclasses.replace(made.train, run=f"{_readable(made.train)}-{training[:10]}"),
         evaluate=made.evaluate,
         training=training,

@@ -129,7 +129,7 @@ def test_the_verdict_is_in_plain_words_and_follows_the_intervals(text, groups):
     assert verdict.count("4 trajectories against 1: last +") == 4
     assert "On cartpole_balance, Agentic Transformer (draw uniform), 4 trajectories against 1" in verdict
     found = contrast(*(group.group for group in families(groups)[0][::-2]))
-    assert f"so the context accounts for {found.by_context.text}." in verdict
+    assert f"so keeping the context adds {found.by_context.text} more." in verdict
     assert verdict.count("More trajectories help, and having them in context is part of it") == 4
     # Cells that differ in how trajectories are drawn are made up alike.
     assert (
@@ -150,6 +150,19 @@ def test_the_page_shows_every_part_for_each_task(text):
     assert "Cells that are not finished" not in text
     assert set(re.findall(r'href="#(repeat-\d+)"', text)) == set(re.findall(r'id="(repeat-\d+)"', text))
     assert "<pre>bpt-rl ablate it</pre>" in text
+
+
+def test_the_link_of_a_group_leads_to_its_runs_in_whatever_order_tasks_come(store_path, tmp_path, stubs):
+    tasks = ("cartpole_balance", "cartpole_swingup")
+    axes = {"train.data.num_trajectories": (1, 2), "train.data.task": tasks}
+    found = ablate(
+        grid_of(store_path, tmp_path, axes=axes), lambda jobs: InlineLauncher(stubs.play)
+    ).folder.page_path.read_text()
+    groups = re.findall(r'<span>(Agentic[^<]*)<small>[^<]*<a href="#(repeat-\d+)"', found)
+    own = [re.search(rf'id="{anchor}">([^<]*)<', found)[1] for _, anchor in groups]
+    titles = [f"Agentic Transformer, {words}" for words in ("1 trajectory", "2 trajectories")]
+    assert own == [f"{task}, {title}" for task in tasks for title in titles]
+    assert [title for title, _ in groups] == 2 * titles
 
 
 def test_interaction_points_are_means_over_seeds(text, groups):

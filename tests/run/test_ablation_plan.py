@@ -86,16 +86,21 @@ def test_what_is_finished_or_behind_a_checkpoint_takes_no_time_any_more(config):
 
 
 def test_cells_that_share_a_card_have_each_its_part_of_the_memory(config):
-    # More than a card has, were all activations kept.
-    train = dataclasses.replace(config.train, data=dataclasses.replace(config.train.data, batch_size=1200))
-    large = dataclasses.replace(config, train=train, linked=({"train.data.num_trajectories": (1,)},))
+    def of(batch_size):
+        data = dataclasses.replace(config.train.data, batch_size=batch_size)
+        train = dataclasses.replace(config.train, data=data)
+        return dataclasses.replace(config, train=train, linked=({"train.data.num_trajectories": (1,)},))
+
+    # With all activations kept 0.7 of a card: more than its half.
+    kept = planned(of(512), expand(of(512))[0]).memory.device
+    large = of(int(0.7 * H100.memory / kept * 512))
     memory = {}
     for number in (1, 2):
         rows, lines = described(large, H100.share(number))
-        memory[number] = rows["agent at, seed 0"][1]
+        memory[number] = float(rows["agent at, seed 0"][1].removesuffix(" GiB"))
         assert any(f"with {size(H100.memory // number)} of" in line for line in lines)
-    half = H100.memory / 2 / GIB
-    assert float(memory[1].removesuffix(" GiB")) > half > float(memory[2].removesuffix(" GiB"))
+    assert memory[1] == pytest.approx(0.7 * H100.memory / GIB, rel=0.02)
+    assert memory[2] < H100.memory / 2 / GIB
 
 
 def test_without_an_accelerator_there_is_memory_and_no_time(config):
