@@ -34,8 +34,10 @@ class Policy(Protocol):
 
     def act(
         self, carry: Any, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
-    ) -> tuple[Any, Float[np.ndarray, "B A"]]:
+    ) -> tuple[Any, Float[Any, "B A"]]:
         """Returns the next carry and actions in [-1, 1].
+
+        A device may still be at work on the actions: whoever needs their numbers waits for them (`np.asarray`).
 
         Args:
           carry: From `start` or `observe`.

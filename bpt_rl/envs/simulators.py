@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -119,6 +120,14 @@ class Simulators:
                 self._workers[k].unanswered.popleft()
                 self._workers[k].num_deaths = 0
                 return value
+
+    def have_answered(self, workers: Sequence[int]) -> bool:
+        """Returns whether `receive_from` would wait for none of these processes."""
+        self._require_open()
+        asked = select.poll()
+        for k in workers:
+            asked.register(self._workers[k].connection, select.POLLIN)
+        return len(asked.poll(0)) == len(workers)
 
     def close(self) -> None:
         """Ends the processes."""

@@ -112,7 +112,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._needs_reset = False
         return self._observation.copy()
 
-    def step(self, actions: Float[np.ndarray, "N A"]) -> Step:
+    def step(self, actions: Float[Any, "N A"]) -> Step:
         """Returns observation, reward, termination (never), truncation and infos after actions in [-1, 1].
 
         Infos hold `final_obs` where episodes end, and `failure`, the reason, where the simulator ended one.
@@ -124,7 +124,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.send(actions)
         return self.receive()
 
-    def send(self, actions: Float[np.ndarray, "n A"], part: Part = ALL) -> None:
+    def send(self, actions: Float[Any, "n A"], part: Part = ALL) -> None:
         """Takes a step in a part of the environments and does not wait for it; `receive` must follow.
 
         Raises:
@@ -134,6 +134,7 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise gymnasium.error.ResetNeeded(
                 "A vector environment must be reset before its first step. Call reset()."
             )
+        actions = np.asarray(actions)
         expected = (len(part.environments(self.num_envs)), self._action.shape[1])
         if actions.shape != expected or not np.isfinite(actions).all():
             raise ValueError(
@@ -143,6 +144,10 @@ class DMCVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._action[part.first :: part.stride] = actions
         self._pending.append(part)
         self._simulators.send_to(self._workers_of(part), "step", part)
+
+    def has_stepped(self, part: Part = ALL) -> bool:
+        """Returns whether `receive` would not wait."""
+        return self._simulators.have_answered(self._workers_of(part))
 
     def receive(self, part: Part = ALL) -> Step:
         """Returns what the step of a part has led to; parts are received in the order they were sent."""

@@ -203,8 +203,8 @@ class CachedPolicy:
 
     def act(
         self, carry: CachedCarry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
-    ) -> tuple[CachedCarry, Float[np.ndarray, "B A"]]:
-        """Returns the next carry and the action: mean or sample.
+    ) -> tuple[CachedCarry, Float[jax.Array, "B A"]]:
+        """Returns the next carry and the action, mean or sample, which the device may still be at work on.
 
         Raises:
           ValueError: If a context is full and nothing may be dropped from it, or an episode is longer than any of
@@ -223,9 +223,9 @@ class CachedPolicy:
         length = end.num_steps * np.int32(self._tokens_per_step)
         packed = pack(self._inputs(end, observation, asked), length, carry.num_calls)
         cache = self._with_room(carry.cache, int(num_steps.max()), carry.capacity)
-        cache, drawn = decode(self._graph, self._place, self._params, cache, packed, self._key)
-        action = np.asarray(drawn)
-        now = {"observation": observation, "action": action, "return_to_go": asked}
+        cache, action = decode(self._graph, self._place, self._params, cache, packed, self._key)
+        action.copy_to_host_async()
+        now = {"observation": observation, "return_to_go": asked}
         _write(carry.record, end.num_steps, now | {"step": end.step, "episode": end.episode})
         carry = carry._replace(
             cache=cache,
@@ -263,8 +263,12 @@ class CachedPolicy:
             completion=self._completion,
         )
         end = carry.end
-        _write(carry.record, end.num_steps - 1, {"reward": reward, "completion": reached})
+        # By now an environment has had it.
+        action = np.asarray(end.previous_action)
+        outcome = {"action": action, "reward": reward, "completion": reached}
+        _write(carry.record, end.num_steps - 1, outcome)
         end = end._replace(
+            previous_action=action,
             previous_reward=reward.astype(np.float32),
             previous_completion=reached.astype(np.float32),
             previous_step=end.step,

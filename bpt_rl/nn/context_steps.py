@@ -1,7 +1,7 @@
 """The steps of contexts on the host, in raw units: what a cache is filled from."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,8 @@ class ChainEnd(NamedTuple):
 
     num_steps: Int[np.ndarray, "B"]
     """Steps in the context."""
-    previous_action: Float[np.ndarray, "B A"]
+    previous_action: Float[Any, "B A"]
+    """A device may be at work on it until the step has been made."""
     previous_reward: Float[np.ndarray, "B"]
     previous_completion: Float[np.ndarray, "B"]
     previous_step: Int[np.ndarray, "B"]

@@ -163,7 +163,7 @@ class _Onwards:
 
     def act(
         self, carry: CachedCarry, observation: Float[np.ndarray, "B O"], return_to_go: Float[np.ndarray, "B"]
-    ) -> tuple[CachedCarry, Float[np.ndarray, "B A"]]:
+    ) -> tuple[CachedCarry, Float[jax.Array, "B A"]]:
         return self.policy.act(carry, observation, return_to_go)
 
     def observe(
@@ -228,7 +228,8 @@ def _decode_seconds(
             began = time.perf_counter()
         for k, size in enumerate(sizes):
             observation = np.zeros((size, subject.domain.observation_dim), np.float32)
-            carry, _ = policy.act(carries[k], observation, np.ones(size))
+            carry, action = policy.act(carries[k], observation, np.ones(size))
+            np.asarray(action)
             carries[k] = policy.observe(carry, np.zeros(size), np.zeros(size, np.bool_))
     seconds = (time.perf_counter() - began) / num_steps
     cached = [(carry.cache.keys, carry.cache.values) for carry in carries]

@@ -1,5 +1,6 @@
 """The environment loop: a policy in many environments at once, step by step."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ class _Part:
         limit = self._start.num_episodes
         return limit is not None and bool((self._num_finished >= limit).all())
 
-    def act(self, observation: Float[np.ndarray, "B O"]) -> Float[np.ndarray, "B A"]:
+    def act(self, observation: Float[np.ndarray, "B O"]) -> Float[Any, "B A"]:
         self._carry, action = self._policy.act(self._carry, observation, self.return_to_go)
         return action
 
@@ -137,6 +138,9 @@ class _Lockstep:
     def send(self, actions: Float[np.ndarray, "N A"], part: Part) -> None:
         self._actions = actions
 
+    def has_stepped(self, part: Part) -> bool:
+        return True
+
     def receive(self, part: Part) -> Step:
         return self._environments.step(self._actions)
 
@@ -151,7 +155,8 @@ def rollout(
 ) -> Iterator[Transition]:
     """Yields transitions; one episode follows another in the same carry.
 
-    Environments may act in several parts: while one part's actions are computed, the simulators of the others step.
+    Environments may act in several parts: while a device computes one part's actions, the simulators of the others
+    step, and this process looks after those that have stepped.
     Each part is then a call of the policy with a carry of its own, and yields transitions of its own, in turn. A
     policy that takes the mean acts in a part as in all of them; one that draws may draw otherwise.
 
@@ -191,7 +196,8 @@ def _replay(parts: Iterable[_Part], played: Played) -> Iterator[Transition]:
             if part.is_over:
                 continue
             transition = played.transition(t, part)
-            difference = np.abs(part.act(transition.observation) - transition.action).max()
+            action = np.asarray(part.act(transition.observation))
+            difference = np.abs(action - transition.action).max()
             if not difference <= ACTION_TOLERANCE:
                 raise OtherActionsError(
                     "A rollout goes on only where its policy chooses the actions that it chose before; at step "
@@ -204,29 +210,39 @@ def _replay(parts: Iterable[_Part], played: Played) -> Iterator[Transition]:
 def _play(
     simulated: DMCVectorEnv | _Lockstep, parts: Mapping[Part, _Part], first: Float[np.ndarray, "N O"]
 ) -> Iterator[Transition]:
-    acting = {place: part for place, part in parts.items() if not part.is_over}
-    observation, action = {}, {}
-    for place, part in acting.items():
-        observation[place] = first[part.members]
-        action[place] = part.act(observation[place])
-        simulated.send(action[place], place)
-    while acting:
-        for place, part in list(acting.items()):
-            after, reward, terminated, truncated, infos = simulated.receive(place)
-            done = terminated | truncated
-            failed = np.flatnonzero(infos.get("_failure", False))
-            yield Transition(
-                observation=observation[place],
-                return_to_go=part.return_to_go,
-                action=action[place],
-                reward=reward,
-                done=done,
-                environment=part.members,
-                failures={int(part.members[i]): infos["failure"][i] for i in failed},
-            )
-            part.observe(reward, done)
-            if part.is_over:
-                del acting[place]
-                continue
-            observation[place], action[place] = after, part.act(after)
+    observation: dict[Part, Any] = {}
+    action: dict[Part, Any] = {}
+    choosing: collections.deque[Part] = collections.deque()
+    stepping: collections.deque[Part] = collections.deque()
+
+    def choose(place: Part, seen: Float[np.ndarray, "B O"]) -> None:
+        observation[place], action[place] = seen, parts[place].act(seen)
+        choosing.append(place)
+
+    for place, part in parts.items():
+        if not part.is_over:
+            choose(place, first[part.members])
+    while choosing or stepping:
+        if not stepping or (choosing and not simulated.has_stepped(stepping[0])):
+            place = choosing.popleft()
+            action[place] = np.asarray(action[place])
             simulated.send(action[place], place)
+            stepping.append(place)
+            continue
+        place = stepping.popleft()
+        part = parts[place]
+        after, reward, terminated, truncated, infos = simulated.receive(place)
+        done = terminated | truncated
+        failed = np.flatnonzero(infos.get("_failure", False))
+        yield Transition(
+            observation=observation[place],
+            return_to_go=part.return_to_go,
+            action=action[place],
+            reward=reward,
+            done=done,
+            environment=part.members,
+            failures={int(part.members[i]): infos["failure"][i] for i in failed},
+        )
+        part.observe(reward, done)
+        if not part.is_over:
+            choose(place, after)

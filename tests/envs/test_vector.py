@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -6,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -91,6 +93,23 @@ def test_reset_with_a_seed_starts_anew_and_without_goes_on(balance):
     again, _ = balance.reset(seed=0)
     assert np.abs(first - second).max() > 0
     np.testing.assert_array_equal(first, again)
+
+
+def test_a_step_is_told_of_when_its_last_process_has_answered():
+    before = set(multiprocessing.active_children())
+    with contextlib.closing(make_vector("cartpole_balance", 2, 0, num_workers=2)) as environments:
+        environments.reset()
+        [stopped, _] = set(multiprocessing.active_children()) - before
+        os.kill(stopped.pid, signal.SIGSTOP)
+        environments.send(np.zeros((2, 1)))
+        time.sleep(0.3)
+        assert not environments.has_stepped()
+        os.kill(stopped.pid, signal.SIGCONT)
+        deadline = time.monotonic() + 20
+        while not environments.has_stepped():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        environments.receive()
 
 
 def test_closing_leaves_no_process_behind():

@@ -105,8 +105,8 @@ def test_chains_in_parts_act_as_they_do_in_one(trained, environments):
             np.testing.assert_allclose(parts[name], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_a_part_acts_while_another_steps(environments, monkeypatch, num_parts):
+@pytest.mark.parametrize(("num_parts", "has_stepped"), [(1, False), (1, True), (2, False), (2, True)])
+def test_a_part_acts_while_another_steps(environments, monkeypatch, num_parts, has_stepped):
     events = []
 
     def told(name):
@@ -118,17 +118,33 @@ def test_a_part_acts_while_another_steps(environments, monkeypatch, num_parts):
 
         monkeypatch.setattr(environments, name, tell)
 
+    class Lazy:
+        def __init__(self, numbers):
+            self._numbers, self.shape, self.dtype = numbers, numbers.shape, numbers.dtype
+
+        def __array__(self, dtype=None, copy=None):
+            events.append("wait")
+            return self._numbers
+
     class Telling(RandomPolicy):
         def act(self, carry, observation, return_to_go):
             events.append("act")
-            return super().act(carry, observation, return_to_go)
+            carry, action = super().act(carry, observation, return_to_go)
+            return carry, Lazy(action)
 
+    environments.reset()  # Takes what another test has left under way.
     told("send")
     told("receive")
+    monkeypatch.setattr(environments, "has_stepped", lambda part: has_stepped)
     list(itertools.islice(rollout(Telling(1, 0), environments, START, num_parts=num_parts), 6))
-    begin = ["act", "send"] * num_parts
-    # Of two parts, the other one's step is under way while this one's actions are chosen.
-    assert events == [*begin, *["receive", "act", "send"] * 5, "receive"]
+    choice, turn = ["wait", "send"], ["receive", "act"]
+    if num_parts == 1 or not has_stepped:
+        # Of two parts, the other one's step is under way while this one's actions are waited for.
+        expected = ["act"] * num_parts + choice * num_parts + [*turn, *choice] * 5 + ["receive"]
+    else:
+        # Those that have stepped come first, while a device is at work on the others' actions.
+        expected = ["act"] * 2 + choice + [*turn, *choice] * 5 + ["receive"]
+    assert events == expected
 
 
 class Foreign(gymnasium.vector.VectorWrapper):
