@@ -110,16 +110,19 @@ def step_gradient(
       step_key: Draws this step's dropout.
     """
 
-    def loss(slots: Params, micro_batch: PackedBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return agent.loss(with_slots(params, slots), micro_batch, key)
+    def loss(
+        slots: Params, micro_batch: PackedBatch, key: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        # Weighed here: a weight on gradients has every large one held twice.
+        loss, metrics = agent.loss(with_slots(params, slots), micro_batch, key)
+        return weight * loss, {name: weight * value for name, value in metrics.items()}
 
     def micro(total: Params, inputs: tuple[PackedBatch, jax.Array]) -> tuple[Params, Metrics]:
         micro_batch, index = inputs
         weight = micro_batch.loss_mask.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
         micro_key = jax.random.fold_in(step_key, index)
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(slots, micro_batch, micro_key)
-        metrics = {name: weight * value for name, value in metrics.items()}
-        return jax.tree.map(lambda t, g: t + weight * g, total, gradient), metrics
+        gradient, metrics = jax.grad(loss, has_aux=True)(slots, micro_batch, micro_key, weight)
+        return jax.tree.map(jnp.add, total, gradient), metrics
 
     slots = slots_of(params)
     indices = jnp.arange(len(batch.loss_mask))
