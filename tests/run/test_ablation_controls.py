@@ -95,9 +95,10 @@ def test_a_control_is_a_cell_of_the_grid_but_for_its_change_and_stands_behind_th
     assert [cell.address for cell in expand(alone)] == [cell.address for cell in cells[18:24]]
 
 
-def test_an_agent_that_does_not_read_what_a_control_changes_has_no_control(store_path, tmp_path):
-    axes = {"train.agent": ("at", "td3"), SEED: (0, 1)}
-    config = grid_of(store_path, tmp_path, axes=axes, linked=(), controls=({ORDER: ("shuffled",)},))
+def test_what_changes_nothing_is_no_control(store_path, tmp_path):
+    # The grid's own order; and an agent that reads none.
+    axes, orders = {"train.agent": ("at", "td3"), SEED: (0, 1)}, ("ascending", "shuffled")
+    config = grid_of(store_path, tmp_path, axes=axes, linked=(), controls=({ORDER: orders},))
     cells = expand(config)
     assert [(c.train.agent, bool(c.change)) for c in cells] == [
         *2 * [("at", False)],
