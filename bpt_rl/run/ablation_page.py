@@ -74,11 +74,21 @@ def write_page(config: GridConfig, cells: Sequence[Cell], folder: GridFolder, *,
     ]
     varied = ", ".join(axis.title for axis in axes if axis.varies and axis.name not in (TASK, SEED))
     title = ": ".join(filter(None, (", ".join(tasks) or "A grid", varied)))
-    whole, num_settings = sum(group.is_complete for group in groups), len(by_setting(config, cells))
-    partly = f" {whole} of {count(num_settings, 'setting')} have all seeds." if whole < num_settings else ""
-    subtitle = f"{len(runs)} of {count(len(cells), 'cell')} finished.{partly}"
+    subtitle = f"{len(runs)} of {count(len(cells), 'cell')} finished.{_partly(config, cells, groups)}"
     page = report_page.page(title, subtitle, verdict(groups, axes), sections)
     write_atomically(folder.page_path, page)
+
+
+def _partly(config: GridConfig, cells: Sequence[Cell], groups: Sequence[CellGroup]) -> str:
+    """Returns how many settings have all seeds, in a sentence; nothing if all have."""
+    settings, whole = by_setting(config, cells), [group for group in groups if group.is_complete]
+    if len(whole) == len(settings):
+        return ""
+    num_controls = sum(bool(some[0].change) for some in settings)
+    controls = (
+        f", {sum(bool(group.change) for group in whole)} of {count(num_controls, 'control')} among them"
+    )
+    return f" {len(whole)} of {count(len(settings), 'setting')} have all seeds{controls if num_controls else ''}."
 
 
 def _plots(found: Iterator[Plot | None]) -> str:

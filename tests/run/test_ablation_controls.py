@@ -202,6 +202,7 @@ def test_a_control_without_the_cells_it_is_like_is_compared_with_nothing(store_p
 
     remove(4, {1}, {})
     text = report(config).folder.page_path.read_text()
+    assert "5 of 6 settings have all seeds, 3 of 3 controls among them." in words(text)
     assert "4 trajectories, order" not in verdict_of(text).split("Not compared")[0]
     assert "control: Agentic Transformer, 2 trajectories, relabel own_return" in verdict_of(text)
     assert "Agentic Transformer, 4 trajectories (2 of 3 seeds)" in verdict_of(text).split("Not compared")[1]
@@ -212,6 +213,7 @@ def test_a_control_without_the_cells_it_is_like_is_compared_with_nothing(store_p
     text = report(config).folder.page_path.read_text()
     assert "with order shuffled" not in section(text, "Controls")
     assert "<table" not in section(text, "Controls")
+    assert "4 of 6 settings have all seeds, 2 of 3 controls among them." in words(text)
     rows = re.findall(
         r'<th scope="row">(.*?)</th><td>(.*?)</td>', section(text, "Cells that are not finished")
     )
