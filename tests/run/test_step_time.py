@@ -157,3 +157,16 @@ def test_computing_is_the_sum_of_four_rates(level):
         2 * memory.host / rates.host,
     ]
     np.testing.assert_allclose(parts[1:], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_state_in_the_host_comes_to_the_device_and_goes_back_once_a_step(accumulation):
+    def moving(**changes):
+        work = workload(65_536, accumulation=accumulation, **changes)
+        flops, memory = count_flops(work, "offload"), plan_memory(work, "offload")
+        rates = dataclasses.replace(H100.rates, matrices=np.inf, memory=np.inf)
+        return computing_seconds(rates, work, "offload", flops, memory)
+
+    # Parameters and two moments for the update and back, and parameters for the working copy, float32.
+    num_bytes = (3 + 3 + 1) * 4 * 303_109_126
+    assert moving(optimizer_in_host=True) - moving() == pytest.approx(num_bytes / H100.rates.host, rel=1e-6)
