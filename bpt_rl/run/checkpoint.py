@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -56,7 +57,7 @@ class Checkpoints:
         Args:
           step: One that was saved.
           template: Pytree of the same structure, shapes and dtypes (`jax.eval_shape` gives one). Arrays come where
-            their templates' sharding says, else to this process's first device.
+            their templates' sharding says, else to this process's first device; NumPy's stay NumPy's.
 
         Raises:
           FileNotFoundError: If there is no such checkpoint.
@@ -102,8 +103,8 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+    if isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None):
         return leaf
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)

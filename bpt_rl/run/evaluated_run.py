@@ -55,13 +55,17 @@ def load_params(folder: records.RunFolder, mesh: MeshConfig | None = None) -> tu
     agent = make_agent(config, folder.statistics())
     optimizer = make_optimizer(config.optimizer)
     template = jax.eval_shape(lambda: init_state(agent, optimizer, config.seed))
+    # Nobody acts with moments: a device need not have room for them.
+    unread = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), template.optimizer_state
+    )
     with Checkpoints(folder.checkpoints_path, config.keep_checkpoints) as saved:
         if saved.latest_step is None:
             raise FileNotFoundError(
                 f"A run must have a complete checkpoint to be evaluated; {folder.path} has none. "
                 "Run the same `bpt-rl train` command again: it goes on from where it was."
             )
-        state = saved.restore(saved.latest_step, template)
+        state = saved.restore(saved.latest_step, template._replace(optimizer_state=unread))
         return agent, state.params, saved.latest_step
 
 

@@ -37,6 +37,17 @@ def test_every_leaf_comes_back_as_it_was_saved(tiny, trained, tmp_path, assert_s
     assert_same_bits(restored, state)
 
 
+def test_what_a_template_has_as_numpy_never_comes_to_a_device(tmp_path):
+    saved_values = {"read": jnp.arange(3.0), "unread": jnp.arange(4)}
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, saved_values)
+        template = jax.eval_shape(lambda: saved_values) | {"unread": np.broadcast_to(np.int32(0), 4)}
+        restored = saved.restore(1, template)
+    assert isinstance(restored["read"], jax.Array)
+    assert type(restored["unread"]) is np.ndarray
+    jax.tree.map(np.testing.assert_array_equal, restored, saved_values)
+
+
 def test_only_the_newest_stay(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
         for step in (1, 2, 5, 9):
