@@ -17,7 +17,6 @@ from bpt_rl.agents.registry import make_agent
 from bpt_rl.config import CHAIN_AGENTS, CONDITIONED_AGENTS, EvaluateConfig, TrainConfig
 from bpt_rl.datasets.chains import Chain
 from bpt_rl.datasets.store import Store
-from bpt_rl.envs.processes import num_processes
 from bpt_rl.mesh_config import MeshConfig
 from bpt_rl.nn.chain_cache import CacheDevices
 from bpt_rl.nn.device_mesh import make_mesh
@@ -247,11 +246,11 @@ class EvaluatedRun:
             contexts=None if is_random else self.contexts(target),
             num_episodes=num_episodes,
         )
-        # What draws its actions draws for all chains at once, and devices that share chains share all of them. An
-        # accelerator takes as long for half of a few chains as for all, and simulators have nothing to do meanwhile.
-        is_shared = is_random or self.sample_seed is not None or self.config.mesh.num_devices > 1
-        num_simulators = num_processes(self.config.num_workers, num_chains)
-        is_whole = is_shared or (jax.default_backend() != "cpu" and num_chains < 2 * num_simulators)
+        # What draws its actions draws for all chains at once, and devices that share chains share all of them. On an
+        # accelerator two calls for half of the chains take so much longer than one for all that no turns make up
+        # for it.
+        is_shared = jax.default_backend() != "cpu" or self.config.mesh.num_devices > 1
+        is_whole = is_random or self.sample_seed is not None or is_shared
         return LogPlan(
             task=self.statistics.task,
             num_episodes=num_episodes,
