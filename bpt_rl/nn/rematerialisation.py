@@ -12,9 +12,9 @@ from bpt_rl.nn.blockwise import RESIDUAL_NAME
 
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, None]]
 
-MOST_UNROLLED = 8
+MOST_UNROLLED = 32
 """Layers that are compiled one by one where each keeps everything: a loop would copy all of it to where the backward
-pass finds it, half of what such a step reads and writes. More would take long to compile."""
+pass finds it, half of what such a step reads and writes. A layer takes one to two seconds to compile for a GPU."""
 
 LAYER_INPUT = "layer_input"
 """`checkpoint_name` of the stream that enters a layer."""

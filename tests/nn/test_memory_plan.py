@@ -76,12 +76,12 @@ def kept_bytes(model, tokens):
 )
 def test_a_layer_keeps_of_a_token_what_differentiation_keeps(activations, changes):
     # More layers than are ever compiled one by one.
-    model = dataclasses.replace(SMALL, num_layers=9, activations=activations, **changes)
+    model = dataclasses.replace(SMALL, num_layers=33, activations=activations, **changes)
     # What weights take does not grow with tokens.
     grown = kept_bytes(model, 64) - kept_bytes(model, 32)
     is_sixth_kept = model.activation == "gelu" and jax.__version_info__ < (0, 11)
     sixth = 2 * model.feedforward_dim * is_sixth_kept
-    assert grown == 9 * 32 * (kept_bytes_per_token(workload(model, 64), activations) + sixth)
+    assert grown == 33 * 32 * (kept_bytes_per_token(workload(model, 64), activations) + sixth)
 
 
 def product_flops(jaxpr):
@@ -155,7 +155,8 @@ MEASURED = [
     (32_768, "save_attention", {}, 4.971, 0.02),
     (32_768, "offload_attention", {}, 1.997, 0.02),
     (32_768, "recompute", {}, 3.448, 0.02),
-    (32_768, "keep", {}, 61.873, 0.02),
+    # Compiled for an H100 without one.
+    (32_768, "keep", {}, 30.711, 0.05),
     (131_072, "save_attention", {}, 16.332, 0.01),
     (131_072, "offload_attention", {}, 4.488, 0.01),
     (131_072, "recompute", {}, 10.238, 0.01),
