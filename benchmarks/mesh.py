@@ -2,7 +2,7 @@
 
 One row of walker's sizes; N devices share matrices, and its tokens (context) or N rows (fsdp), or both. Any machine
 does: the devices may be a processor's virtual ones. With --time the step is run too, which says nothing of
-accelerators. Exits with 1 if a plan of memory is off by more than 11%.
+accelerators. Exits with 1 if a plan of memory is off by more than a tenth.
 
 python benchmarks/mesh.py --out mesh.json
 """

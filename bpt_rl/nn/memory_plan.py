@@ -24,6 +24,9 @@ gelu reads a sixth before JAX 0.11."""
 UNROLLED_COPIES = {"relu": 1, "gelu": 3, "silu": 2}
 """The same where layers are compiled one by one: XLA then makes what is cheap again in place of keeping it."""
 
+PROCESSOR_COPIES = {"relu": 2, "gelu": 3, "silu": 3}
+"""The same of float32 tensors on a processor, which XLA widens everything to."""
+
 PROCESSOR_STREAMS = 6
 """float32 tensors of the stream's size that XLA holds on a processor beside what is counted here, measured: rotary
 tables of queries and keys, made for all layers at once, and two more of what loops begin from."""
@@ -86,7 +89,7 @@ def plan_memory(work: Workload, activations: Activations) -> MemoryPlan:
     transient = max(_attention_bytes(work, activations) * tokens, _residual_bytes(work, activations))
     if activations in IN_HOST:
         transient += tokens * stream  # the next layer's input, on its way from the host
-    if work.is_on_processor:
+    if work.is_on_processor and not is_unrolled(model, activations):
         transient += tokens * PROCESSOR_STREAMS * FLOAT32 * model.embed_dim
     parameters = FLOAT32 * work.local_parameters
     in_host = work.optimizer_in_host
@@ -148,6 +151,13 @@ def kept_bytes_per_token(work: Workload, activations: Activations) -> int:
     projected = size * (width + 2 * work.kv_dim)
     if is_unrolled(work.model, activations):
         masks = 2 * width if work.model.dropout else 0
+        if work.is_on_processor:
+            # Measured: what blockwise attention reads is kept as it was projected and laid out by chunks; what is
+            # dropped, with what it was drawn from.
+            hidden = work.feedforward_dim * PROCESSOR_COPIES[work.model.activation]
+            dropped = 3 * width if work.model.dropout else 0
+            entries = 14 * width + 4 * work.kv_dim + work.model.num_heads + hidden + dropped
+            return FLOAT32 * entries + masks
         hidden = size * work.feedforward_dim * UNROLLED_COPIES[work.model.activation]
         # Norms are made again of the stream; what they give is kept for the products behind.
         return 4 * size * width + projected + attended + masks + hidden
