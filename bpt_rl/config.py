@@ -60,7 +60,7 @@ class ModelConfig:
     key_chunk_size: int = 512
     """Tokens a key chunk of blockwise attention."""
     feedforward_chunk_size: int = 2048
-    """Tokens a chunk of the blockwise feedforward."""
+    """Tokens a chunk of the blockwise feedforward; where activations keep everything, layers take the row whole."""
     activations: Activations = "auto"
     """What each layer keeps for the backward pass: everything, its input and its attention's result, the same two in
     the host's memory, its input alone (the rest is computed again), or its input in the host's memory. auto is the
