@@ -9,7 +9,8 @@ from bpt_rl.run import protocols, report_tables
 from bpt_rl.run.ablation_contrast import contrast
 from bpt_rl.run.ablation_groups import COUNT, CellGroup, words_of
 from bpt_rl.run.ablation_plots import curves, sample_words, words
-from bpt_rl.run.report_svg import LegendEntry, Plot, figure_axes, to_svg
+from bpt_rl.run.report_plots import LOOKS, error_bars
+from bpt_rl.run.report_svg import Plot, figure_axes, to_svg
 
 
 def controlled(groups: Sequence[CellGroup]) -> list[tuple[CellGroup, list[CellGroup]]]:
@@ -95,12 +96,10 @@ def _returns(base: CellGroup, controls: Sequence[CellGroup], prefix: str) -> Plo
             ]
             at = [i for i, some in enumerate(logs) if some]
             estimates = [protocols.estimate(name, logs[i]) for i in at]
-            values = np.array([e.value for e in estimates])
-            reach = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
             places = np.array(at) + 0.12 * (index - 1)
             # Nothing lies between two controls, so no line leads from one to the other.
             style = look.style | {"linestyle": "none"}
-            axes.errorbar(places, values, np.nan_to_num(np.abs(reach)), elinewidth=1.4, **style)
+            error_bars(axes, places, estimates, **style)
             told = ", ".join(f"{words(e)} with {marks[i]}" for i, e in zip(at, estimates, strict=True))
             alt.append(f"{look.label}: {told}")
         axes.set_xticks(range(len(marks)), [mark.replace(" ", "\n", 1) for mark in marks])
@@ -116,7 +115,7 @@ def _returns(base: CellGroup, controls: Sequence[CellGroup], prefix: str) -> Plo
 
 
 _LOOKS = (
-    (LegendEntry("mean, context kept", "chain", "solid", "o"), "mean", "chain"),
-    (LegendEntry("last, context kept", "s5", "dashed", "s"), "last", "chain"),
-    (LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"), "mean", "memoryless"),
+    (LOOKS["mean"], "mean", "chain"),
+    (LOOKS["last"], "last", "chain"),
+    (LOOKS["memoryless"], "mean", "memoryless"),
 )

@@ -12,6 +12,7 @@ from bpt_rl.run.ablation_contrast import scores
 from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, family_title
 from bpt_rl.run.protocols import Estimate
 from bpt_rl.run.report_numbers import count, format_return
+from bpt_rl.run.report_plots import error_bars
 from bpt_rl.run.report_svg import SENTINEL, Plot, figure_axes, series_entry, to_svg
 from bpt_rl.run.report_verdict import judged
 
@@ -99,11 +100,9 @@ def _interaction(groups: Sequence[CellGroup], x: Axis, lines: Axis, prefix: str)
             look = series_entry(f"{lines.title} {line}", index)
             at = [i for i, mark in enumerate(marks) if (mark, line) in points]
             estimates = [_mean([points[marks[i], line][rest] for rest in sorted(shared)]) for i in at]
-            values = np.array([e.value for e in estimates])
-            reach = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
             # Neighbouring lines are set apart, else their error bars hide each other.
             places = np.array(at) + 0.06 * (index - (len(series) - 1) / 2)
-            axes.errorbar(places, values, np.nan_to_num(np.abs(reach)), elinewidth=1.4, **look.style)
+            error_bars(axes, places, estimates, **look.style)
             legend.append(look)
             told = ", ".join(f"{words(e)} at {marks[i]}" for i, e in zip(at, estimates, strict=True))
             alt.append(f"{look.label}: {told}")

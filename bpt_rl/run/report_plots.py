@@ -100,6 +100,23 @@ def ablations(groups: Sequence[Group]) -> list[Plot]:
     return found
 
 
+LOOKS = {
+    "mean": LegendEntry("mean, context kept", "chain", "solid", "o"),
+    "last": LegendEntry("last, context kept", "s5", "dashed", "s"),
+    "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"),
+    "max": LegendEntry("largest of the context", "chain", "solid", "o"),
+    "null": LegendEntry("null max: luck alone", "null", "dashed", "s"),
+}
+"""Of what is read of chains and of their memoryless controls."""
+
+
+def error_bars(axes: Any, x: Float[np.ndarray, "N"], estimates: Sequence[Estimate], **style: Any) -> None:
+    """Draws N values with their intervals; bare marks where there is none."""
+    values = np.array([e.value for e in estimates])
+    reach = np.abs(np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]))
+    axes.errorbar(x, values, np.nan_to_num(reach), elinewidth=1.4, **style)
+
+
 def count_plots(family: Sequence[tuple[int, Group]], prefix: str) -> list[Plot]:
     """Returns mean and last, and the largest beside luck, over the number of trajectories.
 
@@ -118,20 +135,13 @@ def count_plots(family: Sequence[tuple[int, Group]], prefix: str) -> list[Plot]:
             lines.setdefault("memoryless", []).append((size, protocols.estimate("mean", control)))
             null = protocols.null_max_of(control, group.evaluation["num_episodes"])
             lines.setdefault("null", []).append((size, null))
-    looks = {
-        "mean": LegendEntry("mean, context kept", "chain", "solid", "o"),
-        "last": LegendEntry("last, context kept", "s5", "dashed", "s"),
-        "memoryless": LegendEntry("mean, memoryless control", "memoryless", "dotted", "D"),
-        "max": LegendEntry("largest of the context", "chain", "solid", "o"),
-        "null": LegendEntry("null max: luck alone", "null", "dashed", "s"),
-    }
     plots = []
     for names, title in (
         (("mean", "last", "memoryless"), "Mean and last"),
         (("max", "null"), "Largest and luck"),
     ):
         shown = {name: lines[name] for name in names if name in lines}
-        plot = _ablation(shown, looks, title, f"{prefix}-{names[0]}")
+        plot = _ablation(shown, title, f"{prefix}-{names[0]}")
         plots.append(dataclasses.replace(plot, caption=f"Bars are 95% t intervals. {samples}."))
     return plots
 
@@ -164,11 +174,7 @@ def calibration(group: Group, index: int) -> Plot | None:
             legend.append(LegendEntry(span, "data", "box"))
         ends = np.array([min(0.0, targets.min()), targets.max()])
         axes.plot(ends, ends, **ideal.style)
-        values = np.array([e.value for e in estimates])
-        reach = np.abs(
-            np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
-        )
-        axes.errorbar(targets, values, np.nan_to_num(reach), elinewidth=1.4, capsize=3, **look.style)
+        error_bars(axes, targets, estimates, capsize=3, **look.style)
         axes.set(xlabel="return asked for", ylabel="return obtained")
         svg = to_svg(figure, f"calibration{index}")
     words = "; ".join(
@@ -278,23 +284,14 @@ def _band(axes: Any, estimates: Sequence[Estimate], look: LegendEntry) -> None:
     axes.plot(x, [e.value for e in estimates], **look.style)
 
 
-def _ablation(
-    lines: Mapping[str, Sequence[tuple[int, Estimate]]],
-    looks: Mapping[str, LegendEntry],
-    title: str,
-    prefix: str,
-) -> Plot:
+def _ablation(lines: Mapping[str, Sequence[tuple[int, Estimate]]], title: str, prefix: str) -> Plot:
     alt = []
     with figure_axes() as (figure, axes):
         for position, (name, points) in enumerate(lines.items()):
-            look = looks[name]
+            look = LOOKS[name]
             # Neighbouring lines are set apart by a few percent, else their error bars hide each other.
             x = np.array([size for size, _ in points]) * (1 + 0.03 * (position - (len(lines) - 1) / 2))
-            y = np.array([e.value for _, e in points])
-            errors = np.abs(
-                np.array([[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]])
-            )
-            axes.errorbar(x, y, np.nan_to_num(errors), elinewidth=1.4, **look.style)
+            error_bars(axes, x, [e for _, e in points], **look.style)
             values = ", ".join(f"{_words(e)} at {size}" for size, e in points)
             alt.append(f"{look.label}: {values}")
         counts = sorted({size for points in lines.values() for size, _ in points})
@@ -305,4 +302,4 @@ def _ablation(
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         svg = to_svg(figure, prefix)
     words = f"Return against trajectories in context. {'; '.join(alt)}."
-    return Plot(svg, title, words, "", [looks[name] for name in lines])
+    return Plot(svg, title, words, "", [LOOKS[name] for name in lines])
