@@ -20,7 +20,7 @@ from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.collect import collect
 from bpt_rl.run.step import init_state, make_optimizer
 from bpt_rl.run.train import train
-from bpt_rl.types import EpisodeLog
+from bpt_rl.types import EpisodeLog, PackedBatch
 
 TASK = "cartpole_swingup"
 ACTION_REPEAT = 20
@@ -112,6 +112,28 @@ def read_state():
             return saved.restore(saved.latest_step, template)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def micro_batches():
+    """Returns two micro-batches of random observations and actions, drawn with a seed, for agents of a few numbers."""
+
+    def make(seed=0):
+        generator = np.random.default_rng(seed)
+        zeros = np.zeros((2, 2, 5), np.float32)
+        return PackedBatch(
+            observation=generator.normal(size=(2, 2, 5, 3)).astype(np.float32),
+            action=generator.normal(size=(2, 2, 5, 2)).astype(np.float32),
+            reward=zeros,
+            return_to_go=zeros,
+            completion=zeros,
+            step=zeros.astype(int),
+            episode=zeros.astype(int),
+            segment_ids=None,
+            loss_mask=zeros + 1,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

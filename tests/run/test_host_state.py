@@ -15,7 +15,6 @@ from bpt_rl.nn.workload import Workload
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.host_state import updated_in_parts, working_copy_of
 from bpt_rl.run.step import compile_step, init_state, make_optimizer, placed_state, state_layout, updated
-from bpt_rl.types import PackedBatch
 
 CLIP = 1.0
 CONFIG = OptimizerConfig(
@@ -59,32 +58,20 @@ class StackAgent:
         raise NotImplementedError
 
 
-def batch_of(seed):
-    generator = np.random.default_rng(seed)
-    zeros = np.zeros((2, 2, 5), np.float32)
-    return PackedBatch(
-        observation=generator.normal(size=(2, 2, 5, 3)).astype(np.float32),
-        action=generator.normal(size=(2, 2, 5, 2)).astype(np.float32),
-        reward=zeros,
-        return_to_go=zeros,
-        completion=zeros,
-        step=zeros.astype(int),
-        episode=zeros.astype(int),
-        segment_ids=None,
-        loss_mask=zeros + 1,
-    )
+@pytest.fixture
+def steps_of(micro_batches):
+    def run(place, last_step=6, *, state=None, **changes):
+        """Returns the state after that step, from another state on or from the beginning, and each step's metrics."""
+        agent, key, metrics = StackAgent(), jax.random.key(0), []
+        config = dataclasses.replace(CONFIG, place=place, **changes)
+        step = compile_step(agent, config, micro_batches(), key)
+        state = state or placed_state(agent, config, seed=0)
+        for number in range(int(state.step), last_step):
+            state, told = step(state, micro_batches(number), key)
+            metrics.append(jax.device_get(told))
+        return state, metrics
 
-
-def steps_of(place, last_step=6, *, state=None, **changes):
-    """Returns the state after that step, from another state on or from the beginning, and each step's metrics."""
-    agent, key, metrics = StackAgent(), jax.random.key(0), []
-    config = dataclasses.replace(CONFIG, place=place, **changes)
-    step = compile_step(agent, config, batch_of(0), key)
-    state = state or placed_state(agent, config, seed=0)
-    for number in range(int(state.step), last_step):
-        state, told = step(state, batch_of(number), key)
-        metrics.append(jax.device_get(told))
-    return state, metrics
+    return run
 
 
 def assert_close(one, other):
@@ -93,7 +80,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), one, other)
 
 
-def test_steps_of_a_state_in_the_host_are_those_of_one_on_the_device():
+def test_steps_of_a_state_in_the_host_are_those_of_one_on_the_device(steps_of):
     there, metrics = steps_of("host")
     here, expected = steps_of("device")
     # Clipped and not clipped, of rising and of falling rates.
@@ -107,7 +94,7 @@ def test_steps_of_a_state_in_the_host_are_those_of_one_on_the_device():
     assert kinds == {(True, "pinned_host"), (False, "device")}
 
 
-def test_norms_of_a_state_in_the_host_are_of_all_its_parts():
+def test_norms_of_a_state_in_the_host_are_of_all_its_parts(steps_of):
     state, metrics = steps_of("host", 1, clip_norm=100.0)
     expected = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(state.params)))
     # float32 sums of a hundred squares.
@@ -115,8 +102,8 @@ def test_norms_of_a_state_in_the_host_are_of_all_its_parts():
     assert metrics[0]["gradient_norm"] == steps_of("device", 1)[1][0]["gradient_norm"]
 
 
-def test_kernels_of_layers_come_to_the_device_in_the_type_they_compute_in():
-    agent, batch, key = StackAgent(), batch_of(0), jax.random.key(0)
+def test_kernels_of_layers_come_to_the_device_in_the_type_they_compute_in(micro_batches):
+    agent, batch, key = StackAgent(), micro_batches(), jax.random.key(0)
     config = dataclasses.replace(CONFIG, place="host")
     copy, _, _ = compile_step(agent, config, batch, key, kernel_dtype="bfloat16").programs
     params = placed_state(agent, config, seed=0).params
@@ -170,11 +157,11 @@ def test_what_comes_at_once_is_a_layer_and_what_is_no_layers_whatever_the_depth(
     assert brought(jax.make_jaxpr(update)(state, state.params).jaxpr) == 3 * (layer + rest) + 2 * counts
 
 
-def test_temporaries_of_the_update_are_two_layers_whatever_the_depth():
+def test_temporaries_of_the_update_are_two_layers_whatever_the_depth(micro_batches):
     width, config, taken = 64, dataclasses.replace(CONFIG, place="host"), {}
     layer, rest = 12 * (width * width + width + 1), 12 * (3 * width + width * 2 + 2 + 1)
     for depth in (4, 32):
-        programs = compile_step(StackAgent(depth, width), config, batch_of(0), jax.random.key(0)).programs
+        programs = compile_step(StackAgent(depth, width), config, micro_batches(), jax.random.key(0)).programs
         copy, _, update = (program.memory_analysis() for program in programs)
         # What is given is written to: no second state.
         assert update.alias_size_in_bytes >= depth * layer
@@ -222,7 +209,7 @@ def test_a_planned_step_of_a_large_model_is_as_large_as_a_compiled_one(
 
 
 @pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "device")])
-def test_a_run_goes_on_from_a_checkpoint_of_the_other_place(before, after, tmp_path):
+def test_a_run_goes_on_from_a_checkpoint_of_the_other_place(before, after, tmp_path, steps_of):
     reached, _ = steps_of(before, 2)
     with Checkpoints(tmp_path) as saved:
         saved.save(2, reached)

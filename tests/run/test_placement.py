@@ -15,7 +15,6 @@ from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
 from bpt_rl.run.plan import Rows, plan_step, size
 from bpt_rl.run.step import compile_step, placed_state
 from bpt_rl.run.train import train
-from bpt_rl.types import PackedBatch
 
 
 class InterruptionError(Exception):
@@ -45,24 +44,10 @@ class LinearAgent:
         raise NotImplementedError
 
 
-def linear_batch():
-    generator = np.random.default_rng(0)
-    zeros = np.zeros((2, 2, 5), np.float32)
-    return PackedBatch(
-        observation=generator.normal(size=(2, 2, 5, 3)).astype(np.float32),
-        action=generator.normal(size=(2, 2, 5, 2)).astype(np.float32),
-        reward=zeros,
-        return_to_go=zeros,
-        completion=zeros,
-        step=zeros.astype(int),
-        episode=zeros.astype(int),
-        segment_ids=None,
-        loss_mask=zeros + 1,
-    )
-
-
-def test_the_state_lies_in_the_host_between_steps_and_steps_give_the_same_bits(assert_same_bits):
-    batch, key, history = linear_batch(), jax.random.key(0), {}
+def test_the_state_lies_in_the_host_between_steps_and_steps_give_the_same_bits(
+    assert_same_bits, micro_batches
+):
+    batch, key, history = micro_batches(), jax.random.key(0), {}
     for place in ("device", "host"):
         config = OptimizerConfig(num_steps=9, warmup_steps=2, learning_rate=0.1, place=place)
         step = compile_step(LinearAgent(), config, batch, key)
