@@ -218,9 +218,11 @@ def _ring_bytes(work: Workload, activations: Activations) -> int:
     own = size * (width + 2 * kv_dim) + 2 * FLOAT32 * work.model.num_heads
     # Queries, output, its gradient and half of the keys and values, laid out by chunks.
     cut = size * (3 * width + kv_dim)
-    held_and_arriving = 2 * size * 2 * kv_dim
-    # Of queries; of the keys and values that are held, and of those that arrive.
-    gradients = FLOAT32 * (width + 2 * 2 * kv_dim)
+    # Of two devices each hears of the other once: no keys arrive while others that came are attended to.
+    has_turns = work.share.context > 2
+    held_and_arriving = (1 + has_turns) * size * 2 * kv_dim
+    # Of queries; of the keys and values that are held, and of those that arrive or, of two, the half attended to.
+    gradients = FLOAT32 * (width + (3 + has_turns) * kv_dim)
     # The first keys come once for recomputation and backward pass, and are held until that begins.
     early = 2 * size * kv_dim * (activations in ("recompute", "offload"))
     return own + cut + held_and_arriving + gradients + early
