@@ -14,12 +14,15 @@ from matplotlib.figure import Figure
 
 from bpt_rl.run.picture_style import PICTURE_STYLE
 
-# Of each record: what it is compared with, in the same run on the same machine.
+# Of each record: what it is compared with, on the same machine on the same day; nothing where one GPU keeps other things.
 PAIRS = {
     "ring": "one",
     "ulysses": "one",
     "ring_524k": "one_524k",
     "ulysses_524k": "one_524k",
+    "ring_1m": None,
+    "ulysses_1m": None,
+    "fsdp_524k": "one_524k",
     "data": "one_beside_fsdp",
     "fsdp": "one_beside_fsdp",
 }
@@ -48,23 +51,28 @@ def lines(folder):
     yield "| " + " | ".join(HEADINGS) + " |"
     yield "|" + "---|" * len(HEADINGS)
     for name, other in PAIRS.items():
-        row, one = row_of(folder, name), row_of(folder, other)
-        # One GPU takes rows one after another.
-        alone = one["step_seconds"] * row["num_rows"] / one["num_rows"]
+        row = row_of(folder, name)
+        alone, ratio, one_gib = one_gpu(row, row_of(folder, other)) if other else ("", "", "")
         sending, hidden = row["communication_seconds"], row["hidden_seconds"]
         cells = [
             f"{row['tokens']:,}",
             row["num_rows"],
             row["mesh"],
             f"{row['step_seconds']:.3f}",
-            f"{alone:.3f}",
-            f"**{alone / row['step_seconds']:.2f}**",
+            alone,
+            ratio,
             f"{row['device_bytes'] / 2**30:.1f}",
-            f"{one['device_bytes'] / 2**30:.1f}",
+            one_gib,
             f"{sending:.3f}" if sending else "",
             f"{hidden / sending:.0%}" if sending else "",
         ]
         yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def one_gpu(row, one):
+    """Returns one GPU's seconds for the same rows, one after another, two GPUs' speed beside it, and its GiB."""
+    alone = one["step_seconds"] * row["num_rows"] / one["num_rows"]
+    return f"{alone:.3f}", f"**{alone / row['step_seconds']:.2f}**", f"{one['device_bytes'] / 2**30:.1f}"
 
 
 def differences(folder):
@@ -80,7 +88,7 @@ def draw(folder, out):
     with mpl.rc_context(PICTURE_STYLE):
         figure = Figure(figsize=(10, 4))
         left, right = figure.subplots(1, 2)
-        names = [name for name in PAIRS if name.startswith(("ring", "ulysses"))]
+        names = [name for name, other in PAIRS.items() if other and name.startswith(("ring", "ulysses"))]
         for place, name in enumerate(names):
             row, one = row_of(folder, name), row_of(folder, PAIRS[name])
             ratio = one["step_seconds"] / row["step_seconds"]
