@@ -214,8 +214,9 @@ def checks(folder):
         if not is_step or not record["device"].startswith(H100.name) or path.name.startswith("loss_"):
             continue
         config = config_toml.from_mapping(TrainConfig, record["config"]["train"])
-        if config.model not in num_parameters:
-            num_parameters[config.model] = parameters_of(config)
+        shape = dataclasses.replace(config.model, activations="auto")
+        if shape not in num_parameters:
+            num_parameters[shape] = parameters_of(config)
         for row in record["rows"]:
             if (
                 row["step_seconds"] is None
@@ -229,7 +230,7 @@ def checks(folder):
                 config.mesh,
                 row["tokens"],
                 num_rows=row["num_rows"],
-                num_parameters=num_parameters[config.model],
+                num_parameters=num_parameters[shape],
             )
             level = plan.level(row["activations"])
             if level.seconds is None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from bpt_rl.run.picture_style import PICTURE_STYLE
 
-# Of each record: what it is compared with, on the same machine on the same day; nothing where one GPU keeps other things.
+# Of each record: what it is compared with, of the same machine and day; nothing where one GPU cannot do the same.
 PAIRS = {
     "ring": "one",
     "ulysses": "one",

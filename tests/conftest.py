@@ -26,6 +26,8 @@ FLAGS = {"xla_force_host_platform_device_count": "8"}
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling small programs is most of what the tests do, and optimising them most of that.
     FLAGS["xla_backend_optimization_level"] = "0"
+    # There is one process a core already.
+    FLAGS["xla_cpu_parallel_codegen_split_count"] = "1"
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # XLA's older code generator is quicker again; later versions have the new one alone.
         FLAGS["xla_cpu_use_fusion_emitters"] = "false"
