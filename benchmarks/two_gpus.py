@@ -69,10 +69,15 @@ def lines(folder):
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def one_gpu(row, one):
-    """Returns one GPU's seconds for the same rows, one after another, two GPUs' speed beside it, and its GiB."""
+def alone_and_ratio(row, one):
+    """Returns one GPU's seconds for the same rows, which it takes one after another, and two GPUs' speed beside it."""
     alone = one["step_seconds"] * row["num_rows"] / one["num_rows"]
-    return f"{alone:.3f}", f"**{alone / row['step_seconds']:.2f}**", f"{one['device_bytes'] / 2**30:.1f}"
+    return alone, alone / row["step_seconds"]
+
+
+def one_gpu(row, one):
+    alone, ratio = alone_and_ratio(row, one)
+    return f"{alone:.3f}", f"**{ratio:.2f}**", f"{one['device_bytes'] / 2**30:.1f}"
 
 
 def differences(folder):
@@ -90,8 +95,7 @@ def draw(folder, out):
         left, right = figure.subplots(1, 2)
         names = [name for name, other in PAIRS.items() if other and name.startswith(("ring", "ulysses"))]
         for place, name in enumerate(names):
-            row, one = row_of(folder, name), row_of(folder, PAIRS[name])
-            ratio = one["step_seconds"] / row["step_seconds"]
+            _, ratio = alone_and_ratio(row_of(folder, name), row_of(folder, PAIRS[name]))
             left.bar(place, ratio, width=0.6, color=COLOURS[name.split("_")[0]])
             left.annotate(f"{ratio:.2f}", (place, ratio - 0.04), ha="center", va="top", color="white")
         left.axhline(2, color="0.5", linewidth=1, linestyle="--")
