@@ -1,6 +1,7 @@
 """What `model.activations = "auto"` stands for in one run: the fastest level whose plan fits."""
 
 import dataclasses
+from collections.abc import Collection
 
 from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.run.devices import Device, this_device
@@ -33,6 +34,7 @@ def choose_activations(
     *,
     device: Device | None = None,
     recorded: Activations | None = None,
+    exhausted: Collection[Activations] = (),
 ) -> Choice:
     """Returns what the layers of a run keep: what is asked for, or what `auto` stands for.
 
@@ -42,6 +44,8 @@ def choose_activations(
       device: Where it is to run, as for `bpt_rl.run.plan.plan_step`; the first of this machine if None.
       recorded: What the run began with. Another level would round otherwise, and a run so ends with the same bits
         whatever device it goes on with.
+      exhausted: What memory ran out with in this run: `auto` then stands for what is planned to need less, and no
+        longer for what the run began with.
 
     Raises:
       ValueError: If cudnn attention is asked for and cannot run.
@@ -51,11 +55,20 @@ def choose_activations(
         return Choice(activations=UNPLANNED, reason="of no meaning to an agent without a transformer")
     if asked != "auto":
         return Choice(activations=asked, reason="asked for")
-    if recorded:
+    if recorded and recorded not in exhausted:
         return Choice(activations=recorded, reason="as the run began")
     if config.model.implementation == "reference":
         return Choice(activations=UNPLANNED, reason="since reference attention is not planned")
-    return _fastest(plan_step(config, rows, device or this_device().one_of(config.mesh.num_devices)))
+    plan = plan_step(config, rows, device or this_device().one_of(config.mesh.num_devices))
+    if not exhausted:
+        return _fastest(plan)
+    ran_out = f"; memory ran out with {', '.join(exhausted)}"
+    beyond = [level.memory.device for level in plan.levels if level.activations in exhausted]
+    leaner = tuple(level for level in plan.levels if all(level.memory.device < taken for taken in beyond))
+    if not leaner:
+        return Choice(activations=plan.leanest.activations, reason=f"since nothing needs less{ran_out}")
+    choice = _fastest(dataclasses.replace(plan, levels=leaner))
+    return dataclasses.replace(choice, reason=choice.reason + ran_out)
 
 
 def _fastest(plan: Plan) -> Choice:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bpt_rl import config_toml
-from bpt_rl.config import TrainConfig
+from bpt_rl.config import Activations, TrainConfig
 from bpt_rl.types import DataStatistics, EpisodeFailure, EpisodeLog
 
 PACKAGES = (
@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "expected_return.npy"
 
     @property
+    def exhausted_path(self) -> Path:
+        """What layers kept when memory ran out; there only if it did, with `model.activations = "auto"`."""
+        return self.path / "out_of_memory.json"
+
+    @property
     def checkpoints_path(self) -> Path:
         """Orbax checkpoints, one folder a step."""
         return self.path / "checkpoints"
@@ -84,6 +89,13 @@ class RunFolder:
     def versions(self) -> dict[str, Any]:
         """Returns the versions, git commit and machine that the run was trained with."""
         values: dict[str, Any] = json.loads((self.path / "versions.json").read_text())
+        return values
+
+    def exhausted(self) -> list[Activations]:
+        """Returns what layers kept each time that memory ran out."""
+        if not self.exhausted_path.is_file():
+            return []
+        values: list[Activations] = json.loads(self.exhausted_path.read_text())["activations"]
         return values
 
     def metrics(self) -> list[dict[str, float]]:

@@ -24,7 +24,7 @@ from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.expected_return import prepare_expected_return
 from bpt_rl.run.ledger import Ledger
 from bpt_rl.run.open_runs import Announce, OpenRun, Progress, legs, open_runs
-from bpt_rl.run.out_of_memory import MemoryWatch
+from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
 from bpt_rl.run.plan import Rows
 from bpt_rl.run.processes import agreed, check_alike, ending_together, gathered, is_first
 from bpt_rl.run.seed_axis import split, stacked
@@ -87,7 +87,8 @@ def train_chains(
         if announce and expected:
             announce(f"Expected returns: {expected}.")
         for together, start, stop in legs(runs, config.optimizer.num_steps):
-            _train(subject, together, range(start, stop), report_progress)
+            with _noting_exhaustion(subject, configs):
+                _train(subject, together, range(start, stop), report_progress)
     return [run.folder for run in runs]
 
 
@@ -121,11 +122,11 @@ def _subject_of(stack: contextlib.ExitStack, config: TrainConfig, num_seeds: int
         # To each seed its share: a step takes as much for every seed.
         device = _device_beside(sampler).share(num_seeds)
         device = device.one_of(config.mesh.num_devices // jax.process_count())
-        recorded = _recorded_activations(config)
+        before = [_recorded_activations(config), records.RunFolder(Path(config.run)).exhausted()]
     check_alike(_shared_values(config) | {"a store of digest": statistics.digest})
-    device, recorded = _least(device), gathered(recorded)[0]
+    device, (recorded, exhausted) = _least(device), gathered(before)[0]
     with agreed():
-        choice = choose_activations(config, rows, device=device, recorded=recorded)
+        choice = choose_activations(config, rows, device=device, recorded=recorded, exhausted=exhausted)
         watch = MemoryWatch(config=choice.applied(config), rows=rows, device=device)
         agent = make_agent(watch.config, statistics)
         watch.refuse_what_is_far_beyond()
@@ -139,6 +140,31 @@ def _subject_of(stack: contextlib.ExitStack, config: TrainConfig, num_seeds: int
         watch=watch,
         agent=agent,
     )
+
+
+@contextlib.contextmanager
+def _noting_exhaustion(subject: _Subject, configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """Notes in the run folders what layers kept when memory runs out, so that `auto` takes less the next time.
+
+    Raises:
+      OutOfMemoryError: That it ran out, and what the next time takes.
+    """
+    try:
+        yield
+    except OutOfMemoryError as error:
+        config, level = configs[0], subject.choice.activations
+        if config.model.activations != "auto" or config.agent == "bc":
+            raise
+        for each in configs:
+            folder = records.RunFolder(Path(each.run))
+            records.write_json(folder.exhausted_path, {"activations": sorted({*folder.exhausted(), level})})
+        exhausted = records.RunFolder(Path(config.run)).exhausted()
+        following = choose_activations(
+            config, subject.watch.rows, device=subject.watch.device, exhausted=exhausted
+        ).activations
+        if following in exhausted:
+            raise
+        raise OutOfMemoryError(f"{error} The same command again takes {following}.") from error
 
 
 def _train(

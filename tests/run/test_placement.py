@@ -10,9 +10,11 @@ import pytest
 from bpt_rl.cli import main
 from bpt_rl.config import OptimizerConfig
 from bpt_rl.datasets import capacity
+from bpt_rl.run import train_chains
 from bpt_rl.run.devices import Device, this_device
 from bpt_rl.run.out_of_memory import MemoryWatch, OutOfMemoryError
 from bpt_rl.run.plan import Rows, plan_step, size
+from bpt_rl.run.records import RunFolder
 from bpt_rl.run.step import compile_step, placed_state
 from bpt_rl.run.train import train
 
@@ -146,6 +148,42 @@ def test_a_step_that_runs_out_of_memory_ends_in_a_sentence_and_leaves_the_checkp
         err,
     ), err
     assert "Traceback" not in err
+
+
+def test_auto_takes_less_after_memory_ran_out_and_goes_on_from_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """The step runs out of the CPU's memory, truly, after the checkpoint of step 2, while layers keep so much."""
+
+    def greedy(run, level):
+        def compiled(*args, **kwargs):
+            step, calls = compile_step(*args, **kwargs), []
+            is_greedy = RunFolder(run).versions()["activations"]["activations"] == level
+
+            def call(*inputs):
+                calls.append(inputs)
+                return jax.numpy.zeros(2**45) if is_greedy and len(calls) == 3 else step(*inputs)
+
+            return call
+
+        monkeypatch.setattr(train_chains, "compile_step", compiled)
+
+    config = tiny(tmp_path / "at", activations="auto", implementation="blockwise")
+    greedy(tmp_path / "at", "keep")
+    with pytest.raises(
+        OutOfMemoryError, match=r"Checkpoints stay\. The same command again takes save_attention\."
+    ):
+        train(config)
+    announced, steps = [], []
+    folder = train(config, lambda step, *_: steps.append(step), announce=announced.append)
+    said = r"Activations: save_attention, \S+ \w+ of \S+ \w+ planned; memory ran out with keep\."
+    assert re.fullmatch(said, announced[1]), announced[1]
+    assert steps == [3, 4, 5, 6]
+    assert folder.exhausted() == ["keep"]
+    # What was asked for by name is not changed.
+    greedy(tmp_path / "named", "save_attention")
+    named = tiny(tmp_path / "named", activations="save_attention", implementation="blockwise")
+    with pytest.raises(OutOfMemoryError, match=r"Checkpoints stay\.$"):
+        train(named)
+    assert not (tmp_path / "named" / "out_of_memory.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,16 @@ def test_auto_is_what_the_run_began_with_or_recomputes_where_nothing_is_planned(
     reference = dataclasses.replace(
         config, model=dataclasses.replace(config.model, implementation="reference")
     )
+    # What ran out of memory is taken no more, nor anything that needs as much.
+    after = choose_activations(
+        config, rows, device=H100, recorded="save_attention", exhausted=["save_attention"]
+    )
+    plan = plan_step(config, rows, H100)
+    assert plan.level(after.activations).memory.device < plan.level("save_attention").memory.device
+    assert after.reason.endswith("planned; memory ran out with save_attention")
+    last = choose_activations(config, rows, device=H100, exhausted=[plan.leanest.activations])
+    assert last.activations == plan.leanest.activations
+    assert last.reason.startswith("since nothing needs less; memory ran out with ")
     assert choose_activations(reference, rows, device=H100).activations == "recompute"
     assert choose_activations(auto(131_072, agent="bc"), rows, device=H100).activations == "recompute"
     asked = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="cudnn"))
