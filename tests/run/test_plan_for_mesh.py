@@ -142,3 +142,18 @@ def test_plans_are_those_of_two_real_devices(tokens, num_rows, mesh, temporary, 
     level = plan.level("save_attention")
     assert level.memory.temporary == pytest.approx(temporary * GIB, rel=0.06)
     assert level.seconds == pytest.approx(seconds, rel=0.03)
+
+
+# Temporary GiB of the longest rows that compile to fit one and two H100s (`results/two_gpus/longest_*.json`).
+@pytest.mark.parametrize(
+    ("tokens", "mesh", "temporary"),
+    [
+        (1_048_576, {}, 71.235),
+        (1_064_960, {}, 72.330),
+        (2_031_616, {"context": 2, "attention": "ulysses"}, 70.483),
+        (2_097_152, {"context": 2, "attention": "ulysses"}, 72.735),
+    ],
+)
+def test_plans_of_the_longest_rows_err_on_the_safe_side_and_by_a_tenth_at_most(tokens, mesh, temporary):
+    level = make_plan(large(tokens=tokens, mesh=MeshConfig(**mesh))).level("recompute")
+    assert temporary * GIB < level.memory.temporary < 1.1 * temporary * GIB
