@@ -215,8 +215,13 @@ class _Work:
             return
         running = launcher.progress() if launcher else {}
         done = len(self._done) + len(self._failed) + sum(part for part, _ in running.values())
-        note = ", ".join(f"{name} {words} {part:.0%}" for name, (part, words) in sorted(running.items())[:3])
-        self._report_progress(done, len(self._cells), note=note)
+        notes = [f"{name} {words} {part:.0%}" for name, (part, words) in sorted(running.items())[:3]]
+        if self._tries:
+            again = len(self._tries) - len(self._failed)
+            notes.insert(
+                0, f"{len(self._failed)} failed, {again} tried again, see {self._folder.path / 'failures'}"
+            )
+        self._report_progress(done, len(self._cells), note=", ".join(notes))
 
     def _settle(self, ended: Ended) -> tuple[list[Job], bool]:
         """Returns what of a job is to be run again, and whether that is because another process is at it."""

@@ -126,8 +126,10 @@ def test_cells_are_trained_and_evaluated_once_and_an_interrupted_grid_goes_on(
 
 
 def test_a_cell_that_fails_is_tried_twice_and_named_at_the_end(made_up, stubs, tmp_path):
-    config = made_up()
-    result = ablate(config, inline(stubs.fail))
+    config, notes = made_up(), []
+    result = ablate(config, inline(stubs.fail), report_progress=lambda *_, note: notes.append(note))
+    assert any(f"0 failed, 1 tried again, see {config.out}/failures" in note for note in notes)
+    assert notes[-1] == f"2 failed, 0 tried again, see {config.out}/failures"
     assert [f.cell.title for f in result.failures] == [
         "num_trajectories 1, seed 1",
         "num_trajectories 2, seed 1",
