@@ -23,11 +23,11 @@ Values = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 def read(path: Path) -> tuple[list[str], dict[tuple[str, ...], dict[tuple[str, str], dict[str, float]]]]:
-    """Returns the names of the settings but the seed, and what each combination of them brought."""
+    """Returns the names of the settings but the seed, the task the first, and what each combination of them brought."""
     with path.open() as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or ())
-        settings = [name for name in columns[: columns.index("agent")] if name != SEED]
+        settings = ["task", *(name for name in columns[: columns.index("agent")] if name != SEED)]
         found: dict[tuple[str, ...], dict[tuple[str, str], dict[str, float]]] = {}
         for row in reader:
             if row["protocol"] != "episode":
@@ -69,10 +69,9 @@ def main() -> None:
     if arguments.setting not in settings:
         parser.error(f"a table has the settings {', '.join(settings)}; got {arguments.setting}")
     place = settings.index(arguments.setting)
-    task = settings.index("train.data.task")
 
     def most_like(key: tuple[str, ...]) -> Values:
-        firsts = [k for k in found if k[place] == arguments.first and k[task] == key[task]]
+        firsts = [k for k in found if k[place] == arguments.first and k[0] == key[0]]
         same = [sum(a == b for a, b in zip(k, key, strict=True)) for k in firsts]
         return found[firsts[same.index(max(same))]] if firsts else {}
 
