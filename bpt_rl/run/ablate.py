@@ -215,12 +215,11 @@ class _Work:
             return
         running = launcher.progress() if launcher else {}
         done = len(self._done) + len(self._failed) + sum(part for part, _ in running.values())
-        notes = [f"{name} {words} {part:.0%}" for name, (part, words) in sorted(running.items())[:3]]
+        notes = []
         if self._tries:
-            again = len(self._tries) - len(self._failed)
-            notes.insert(
-                0, f"{len(self._failed)} failed, {again} tried again, see {self._folder.path / 'failures'}"
-            )
+            failed, path = len(self._failed), self._folder.path / "failures"
+            notes = [f"{failed} failed, {len(self._tries) - failed} tried again, see {path}"]
+        notes += [f"{name} {words} {part:.0%}" for name, (part, words) in sorted(running.items())[:3]]
         self._report_progress(done, len(self._cells), note=", ".join(notes))
 
     def _settle(self, ended: Ended) -> tuple[list[Job], bool]:

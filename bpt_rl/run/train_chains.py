@@ -152,15 +152,16 @@ def _noting_exhaustion(subject: _Subject, configs: Sequence[TrainConfig]) -> Ite
     try:
         yield
     except OutOfMemoryError as error:
-        config, level = configs[0], subject.choice.activations
+        config, watch = configs[0], subject.watch
         if config.model.activations != "auto" or config.agent == "bc":
             raise
+        # Seeds that are trained together share a choice, and so what it must leave out.
+        exhausted = {*records.RunFolder(Path(config.run)).exhausted(), subject.choice.activations}
         for each in configs:
-            folder = records.RunFolder(Path(each.run))
-            records.write_json(folder.exhausted_path, {"activations": sorted({*folder.exhausted(), level})})
-        exhausted = records.RunFolder(Path(config.run)).exhausted()
+            path = records.RunFolder(Path(each.run)).exhausted_path
+            records.write_json(path, {"activations": sorted(exhausted)})
         following = choose_activations(
-            config, subject.watch.rows, device=subject.watch.device, exhausted=exhausted
+            config, watch.rows, device=watch.device, exhausted=exhausted
         ).activations
         if following in exhausted:
             raise
