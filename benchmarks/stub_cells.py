@@ -4,6 +4,7 @@
 $STUB_SECONDS; each cell that it plays is a line of $STUB_LOG. The others die or fail as their names say.
 """
 
+import functools
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bpt_rl.datasets.store import Store
 from bpt_rl.run import records
 from bpt_rl.run.evaluation_record import SCHEMA, estimates
 from bpt_rl.run.grid_folder import GridFolder
@@ -44,6 +46,13 @@ COSTS = {
     "device": "none",
     "host": "none",
 }
+
+
+@functools.cache
+def digest_of(path: str) -> str:
+    """Returns what a store is known by."""
+    with Store.open(path) as store:
+        return store.digest
 
 
 def made_up(config: dict, asked: dict) -> dict:
@@ -87,7 +96,7 @@ def made_up(config: dict, asked: dict) -> dict:
             "source": "made up",
             "subset": "full",
             "subset_digest": "5" * 64,
-            "digest": "d1",
+            "digest": digest_of(config["data"]["store"]),
             "mean_return": 30.0,
             "largest_return": 100.0,
             "num_episodes": 6,

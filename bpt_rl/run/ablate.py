@@ -94,17 +94,20 @@ def ablate(
 def report(config: GridConfig, *, command: str = "") -> GridResult:
     """Writes the tables and the page of a grid's finished cells and runs none.
 
-    Another process may be running the grid: what it has finished by now is what counts.
+    Another process may be running the grid: what it has finished by now is what counts. A store need not be there any
+    more if finished cells of its task say which it was.
 
     Args:
       config: The grid.
       command: Command line that repeats this, for the record.
 
     Raises:
-      FileNotFoundError: If no cell is finished, or a store or preset does not exist.
-      ValueError: If the grid has no cell that could run.
+      FileNotFoundError: If no cell is finished, or a preset does not exist, or a store of which no cell is finished.
+      ValueError: If the grid has no cell that could run, or finished cells of a task whose store is not there were
+        trained on several.
     """
-    cells, folder = expand(config), GridFolder.of(config)
+    folder = GridFolder.of(config)
+    cells = expand(config, folder.stores)
     num_finished = len({cell.address for cell in cells} & folder.finished())
     if not num_finished:
         raise FileNotFoundError(

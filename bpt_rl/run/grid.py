@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bpt_rl import config_toml
@@ -20,6 +20,8 @@ from bpt_rl.td_config import READ_FIELDS, TD_AGENTS
 CELL_SCHEMA = 2
 """Raised when the same settings would give other numbers, a default's new value included: then no cell that was
 finished before counts any more."""
+Recorded = Callable[[], Mapping[str, Collection[str]]]
+"""Returns, by task, the digests of the stores that finished cells were trained on."""
 _COUNT, _BATCH = "train.data.num_trajectories", "train.data.batch_size"
 _NO_PART = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store", "num_workers")
 """Settings that no number depends on, beside those of the mesh; of the store the content counts."""
@@ -62,17 +64,21 @@ class Cell:
         return functools.reduce(getattr, name.split("."), self)
 
 
-def expand(config: GridConfig) -> list[Cell]:
+def expand(config: GridConfig, recorded: Recorded | None = None) -> list[Cell]:
     """Returns the cells of a grid, each once, the last axis varying fastest; then those of its controls.
 
     A cell takes of the settings those that its agent reads. So an agent that learns from single transitions has one
     cell where others have one for each number of trajectories. With `equal = "tokens"` the chains of a batch shrink as
     the trajectories of a chain grow, so that every cell trains on equally many trajectories a step.
 
+    Args:
+      config: The grid.
+      recorded: Says of a store that is not there what it was, so that its finished cells are known.
+
     Raises:
-      FileNotFoundError: If a store or preset does not exist.
-      ValueError: If an axis is no setting, a value does not fit, a batch is no whole number of chains, or a store
-        lacks the task or its simulator.
+      FileNotFoundError: If a preset does not exist, or a store of which nothing is recorded.
+      ValueError: If an axis is no setting, a value does not fit, a batch is no whole number of chains, a store
+        lacks the task or its simulator, or several are recorded for the one that is not there.
     """
     names = _setting_names()
     for name in config.settings() + config.changed():
@@ -81,7 +87,7 @@ def expand(config: GridConfig) -> list[Cell]:
             raise ValueError(
                 f"An axis must be a setting of a cell; got {name!r}. Nearest valid one: {near!r}."
             )
-    stores, fixed = _Stores(), _Fixed(config)
+    stores, fixed = _Stores(recorded), _Fixed(config)
     found: dict[str, Cell] = {}
     for values in _combinations(config):
         cell = _cell(config, fixed.below(values), values, stores)
@@ -224,16 +230,35 @@ class _Settings:
 class _Stores:
     """Digests of the stores that a grid reads, each opened once for a task."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: Recorded | None) -> None:
+        self._recorded = recorded
         self._digests: dict[tuple[str, str], str] = {}
 
     def digest(self, path: str, task: str) -> str:
         if (path, task) not in self._digests:
-            with Store.open(path) as store:
-                check_simulated(store.source)
-                store.returns(task)  # It refuses a task that the store lacks.
-                self._digests[path, task] = store.digest
+            self._digests[path, task] = self._read(path, task)
         return self._digests[path, task]
+
+    def _read(self, path: str, task: str) -> str:
+        try:
+            store = Store.open(path)
+        except FileNotFoundError:
+            if self._recorded is None or not (known := sorted(self._of_finished.get(task, ()))):
+                raise
+            if len(known) > 1:
+                raise ValueError(
+                    f"A store that is not there is told by the finished cells of its task, which must share one; "
+                    f"got {', '.join(digest[:8] for digest in known)} for {task} and none at {path}. Build it."
+                ) from None
+            return known[0]
+        with store:
+            check_simulated(store.source)
+            store.returns(task)  # It refuses a task that the store lacks.
+            return store.digest
+
+    @functools.cached_property
+    def _of_finished(self) -> Mapping[str, Collection[str]]:
+        return self._recorded() if self._recorded else {}
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:

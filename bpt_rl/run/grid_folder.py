@@ -72,6 +72,14 @@ class GridFolder:
         """Returns the addresses of all finished cells, of this grid and others; no file is opened."""
         return {path.stem for path in (self.path / "results").glob("*.json")}
 
+    def stores(self) -> dict[str, set[str]]:
+        """Returns, by task, the digests of the stores that finished cells were trained on; opens every result."""
+        found: dict[str, set[str]] = {}
+        for address in sorted(self.finished()):
+            record = self.result(address)["record"]
+            found.setdefault(record["task"], set()).add(record["data"]["digest"])
+        return found
+
     def result(self, address: str) -> dict[str, Any]:
         """Returns what the runner kept of a finished cell."""
         values: dict[str, Any] = json.loads(self._result_path(address).read_text())

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,32 @@ def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares
     assert found.folder.page_path.read_text() != before
     ablate(config, lambda jobs: InlineLauncher(stubs.play))
     assert found.folder.page_path.read_text() == before
+
+
+def test_a_page_is_made_of_results_alone_but_no_cell_runs_without_its_store(store_path, tmp_path, stubs):
+    store = tmp_path / "store.h5"
+    shutil.copy(store_path, store)
+    axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
+    config = grid_of(store, tmp_path / "grid", axes=axes)
+    whole = ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    before = {name: getattr(whole.folder, name).read_bytes() for name in ("page_path", "table_path")}
+    store.unlink()
+    assert report(config).num_finished == 4
+    assert {name: getattr(whole.folder, name).read_bytes() for name in before} == before
+    with pytest.raises(FileNotFoundError, match="A store must be a file"):
+        ablate(config, lambda jobs: InlineLauncher(stubs.play))
+    # A task of which nothing is finished, and one with cells of two stores.
+    swingup = dataclasses.replace(config.train.data, task="cartpole_swingup")
+    other = dataclasses.replace(config, train=TrainConfig(data=swingup))
+    with pytest.raises(FileNotFoundError, match="A store must be a file"):
+        report(other)
+    result = whole.folder.result(whole.cells[0].address)
+    result["record"]["data"]["digest"] = "0" * 64
+    whole.folder.write_result("another", result)
+    with pytest.raises(
+        ValueError, match=r"must share one; got 00000000, .* for cartpole_balance and none at"
+    ):
+        report(config)
 
 
 def test_without_any_whole_setting_nothing_is_compared(store_path, tmp_path, stubs):
