@@ -1,6 +1,7 @@
-"""One group of a grid against another: how much better, and how much of that the context accounts for."""
+"""Groups of a grid against each other: how much better, and how much of that the context accounts for."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def contrast(group: Group, base: Group) -> Contrast:
         by_context = _beyond(name, group, base)
 
     def shown(estimate: Estimate | None, words: str) -> ReportedNumber | None:
-        return None if estimate is None else _reported(group, base, estimate, f"{name}, {words}")
+        return None if estimate is None else _reported([group, base], estimate, f"{name}, {words}")
 
     found = shown(gain, f"{group.short_title} less {base.short_title}")
     if found is None:
@@ -51,6 +52,79 @@ def contrast(group: Group, base: Group) -> Contrast:
         control=shown(control, "memoryless controls' difference"),
         by_context=shown(by_context, "difference less that of the memoryless controls"),
     )
+
+
+def per_doubling(groups: Sequence[Group], counts: Sequence[int]) -> Contrast:
+    """Returns what each doubling of the trajectories brings, by least squares over all counts, with 95% intervals.
+
+    Where every group has the same number of seeds, two at least, a seed gives one slope and slopes are the sample; else
+    the groups count as independent.
+
+    Args:
+      groups: Of the same settings but for their number of trajectories; two at least.
+      counts: That number of each.
+    """
+    name = judged(groups[-1])
+    place = np.log2(np.asarray(counts, np.float64))
+    place -= place.mean()
+    weights = place / (place @ place)
+    kept = [group.logs("chain") for group in groups]
+    cleared = [group.memoryless_logs() for group in groups]
+    if not all(kept):
+        raise ValueError("A trend needs the log `chain` of every group; one has none. Evaluate it again.")
+    slopes = [_slope(name, weights, kept)]
+    if all(cleared):
+        slopes += [_slope(name, weights, cleared), _slope_of_context(name, weights, groups)]
+    count = sum(log.returns.shape[0] for log in kept[0])
+    basis: Basis = "chains" if len(kept[0]) == 1 else "seeds"
+    titles = (
+        "a doubling",
+        "memoryless controls' doubling",
+        "a doubling less that of the memoryless controls",
+    )
+    shown = [
+        _reported(
+            groups,
+            Estimate(slope.value, *statistics.t_interval(slope), count, name, basis),
+            f"{name}, {title}",
+        )
+        for slope, title in zip(slopes, titles, strict=False)
+    ]
+    return Contrast(
+        protocol=name,
+        gain=shown[0],
+        control=shown[1] if len(shown) > 1 else None,
+        by_context=shown[2] if len(shown) > 1 else None,
+    )
+
+
+def _slope(name: str, weights: Float[np.ndarray, "groups"], logs: Sequence[Sequence[EpisodeLog]]) -> Moment:
+    if _is_paired(logs):
+        return statistics.moment(weights @ _levels(name, logs))
+    return statistics.weighted([_moment(name, some) for some in logs], weights.tolist())
+
+
+def _slope_of_context(name: str, weights: Float[np.ndarray, "groups"], groups: Sequence[Group]) -> Moment:
+    kept, cleared = ([group.logs("chain") for group in groups], [group.memoryless_logs() for group in groups])
+    if _is_paired([*kept, *cleared]):
+        return statistics.moment(weights @ (_levels(name, kept) - _levels(name, cleared)))
+    # An agent without memory is its own control.
+    parts = [
+        statistics.less(_moment(name, ours), _moment(name, theirs))
+        if group.has_memory
+        else Moment(0.0, 0.0, math.inf)
+        for group, ours, theirs in zip(groups, kept, cleared, strict=True)
+    ]
+    return statistics.weighted(parts, weights.tolist())
+
+
+def _is_paired(logs: Sequence[Sequence[EpisodeLog]]) -> bool:
+    """Returns whether there are several seeds, and of each group equally many."""
+    return len({len(some) for some in logs}) == 1 and len(logs[0]) > 1
+
+
+def _levels(name: str, logs: Sequence[Sequence[EpisodeLog]]) -> Float[np.ndarray, "groups seeds"]:
+    return np.array([[_level(name, log) for log in some] for some in logs])
 
 
 def _beyond(name: str, group: Group, base: Group) -> Estimate:
@@ -86,16 +160,17 @@ def _moment(name: str, logs: Sequence[EpisodeLog]) -> Moment:
     return statistics.moment(np.array([_level(name, log) for log in logs]))
 
 
-def _reported(group: Group, base: Group, estimate: Estimate, title: str) -> ReportedNumber:
-    subsets = dict.fromkeys(str(g.evaluation["data"]["subset"]) for g in (group, base))
+def _reported(groups: Sequence[Group], estimate: Estimate, title: str) -> ReportedNumber:
+    """Returns an estimate with its label; of evaluations that differ, the first one's size."""
+    subsets = dict.fromkeys(str(group.evaluation["data"]["subset"]) for group in groups)
     return reported(
         estimate,
         subset=" and ".join(subsets),
-        num_seeds=min(len(group.runs), len(base.runs)),
-        num_chains=group.evaluation["num_chains"],
-        num_episodes=group.evaluation["num_episodes"],
+        num_seeds=min(len(group.runs) for group in groups),
+        num_chains=groups[0].evaluation["num_chains"],
+        num_episodes=groups[0].evaluation["num_episodes"],
         protocol=title,
-        num_failures=sum(len(g.failures(name)) for g in (group, base) for name in ("chain", "memoryless")),
+        num_failures=sum(len(group.failures(name)) for group in groups for name in ("chain", "memoryless")),
         signed=True,
     )
 

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterator, Sequence
 
-from bpt_rl.run.ablation_contrast import Contrast, contrast
+from bpt_rl.run.ablation_contrast import Contrast, contrast, per_doubling
 from bpt_rl.run.ablation_controls import change_title, controlled
 from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, families, words_of
 from bpt_rl.run.report_numbers import ReportedNumber
@@ -53,16 +53,27 @@ def _left_out(groups: Sequence[CellGroup]) -> str:
 
 
 def _of_counts(groups: Sequence[CellGroup]) -> Iterator[str]:
-    """Yields the most trajectories against the fewest."""
+    """Yields the most trajectories against the fewest, and what a doubling brings where there are more counts."""
     for family in families(groups):
         most, fewest = family[-1], family[0]
         found = contrast(most.group, fewest.group)
         of = f" ({html.escape(most.common)})" if most.common else ""
-        yield (
+        told = (
             f"On <strong>{html.escape(most.task)}</strong>, {html.escape(most.group.agent_title)}{of}, "
-            f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {_measured(found)} "
-            f"{_count_words(found)}"
+            f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {_measured(found)}"
         )
+        if len(family) == 2:
+            yield f"{told} {_capital(_count_words(found))}"
+            continue
+        trend = per_doubling([one.group for one in family], [int(one.values[COUNT]) for one in family])
+        yield (
+            f"{told} Going by these two, {_count_words(found)} By least squares over all {len(family)} counts, each "
+            f"doubling brings {_measured(trend)} Going by all, {_count_words(trend)}"
+        )
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 def _of_controls(groups: Sequence[CellGroup]) -> Iterator[str]:
@@ -91,9 +102,9 @@ _UNTOLD = "Without the memoryless control nothing can be said of the context."
 
 def _count_words(found: Contrast) -> str:
     gain = {
-        "up": "More trajectories help",
-        "down": "More trajectories do harm",
-        "": "There is no evidence that the number of trajectories matters",
+        "up": "more trajectories help",
+        "down": "more trajectories do harm",
+        "": "there is no evidence that the number of trajectories matters",
     }[_direction(found.gain)]
     if found.by_context is None:
         return f"{gain}. {_UNTOLD}"

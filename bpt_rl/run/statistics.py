@@ -41,13 +41,20 @@ def moment(samples: Float[np.ndarray, "m"]) -> Moment:
     return Moment(float(samples.mean()), variance, size - 1)
 
 
-def less(ours: Moment, theirs: Moment) -> Moment:
-    """Returns the difference of two independent estimates, with Welch and Satterthwaite's degrees of freedom."""
-    value, variance = ours.value - theirs.value, ours.variance + theirs.variance
+def weighted(parts: Sequence[Moment], weights: Sequence[float]) -> Moment:
+    """Returns a weighted sum of independent estimates, with Welch and Satterthwaite's degrees of freedom."""
+    value = sum(weight * part.value for part, weight in zip(parts, weights, strict=True))
+    variances = [weight**2 * part.variance for part, weight in zip(parts, weights, strict=True)]
+    variance = sum(variances)
     if not variance > 0:
-        return Moment(value, variance, min(ours.degrees, theirs.degrees))
-    parts = ours.variance**2 / ours.degrees + theirs.variance**2 / theirs.degrees
-    return Moment(value, variance, variance**2 / parts)
+        return Moment(value, variance, min(part.degrees for part in parts))
+    shares = sum(own**2 / part.degrees for own, part in zip(variances, parts, strict=True) if own)
+    return Moment(value, variance, variance**2 / shares)
+
+
+def less(ours: Moment, theirs: Moment) -> Moment:
+    """Returns the difference of two independent estimates, as `weighted` does."""
+    return weighted([ours, theirs], [1.0, -1.0])
 
 
 def t_interval(estimate: Moment) -> Interval:

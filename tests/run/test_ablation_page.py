@@ -14,7 +14,7 @@ from bpt_rl.ablate_config import GridConfig
 from bpt_rl.config import DataConfig, TrainConfig
 from bpt_rl.run import protocols, statistics
 from bpt_rl.run.ablate import ablate, report
-from bpt_rl.run.ablation_contrast import contrast
+from bpt_rl.run.ablation_contrast import contrast, per_doubling
 from bpt_rl.run.ablation_groups import COUNT, axes_of, families, read_groups
 from bpt_rl.run.launchers import InlineLauncher
 
@@ -125,13 +125,63 @@ def test_of_one_seed_chains_are_the_sample(groups):
     assert contrast(fewest, fewest).by_context.value == 0
 
 
+def test_a_doubling_brings_the_slope_of_a_line_through_all_counts(groups):
+    counts = (1, 2, 8)  # Not evenly apart, so that the middle one counts.
+    some = [group.group for group in families(groups)[0]]
+    found = per_doubling(some, counts)
+
+    def slopes(contexts):
+        levels = [
+            [log.returns[:, -1].mean() for log in group.logs(context)]
+            for group, context in zip(some, contexts, strict=True)
+        ]
+        return np.polyfit(np.log2(counts), np.array(levels), 1)[0]
+
+    # An episode alone in its context has nothing to forget.
+    kept, without = slopes(["chain"] * 3), slopes(["chain", "memoryless", "memoryless"])
+    for number, samples in (
+        (found.gain, kept),
+        (found.control, without),
+        (found.by_context, kept - without),
+    ):
+        assert number.value == pytest.approx(samples.mean())
+        assert (number.low, number.high) == pytest.approx(statistics.t_interval(statistics.moment(samples)))
+    assert (found.gain.low > 0, found.gain.interval) == (True, "seeds")
+
+
+def test_of_one_seed_a_doubling_is_told_by_chains(groups):
+    counts = (1, 2, 4)
+    some = [dataclasses.replace(group.group, runs=group.group.runs[:1]) for group in families(groups)[0]]
+    found = per_doubling(some, counts)
+    # Of three counts, each twice the one before, the middle one weighs nothing.
+    ends = contrast(some[2], some[0])
+    for number, whole in ((found.gain, ends.gain), (found.by_context, ends.by_context)):
+        assert number.value == pytest.approx(whole.value / 2)
+        assert (number.low, number.high) == pytest.approx((whole.low / 2, whole.high / 2))
+        assert number.interval == "chains"
+    # Where seeds are unequally many, groups are independent samples: the same line, another interval.
+    uneven = [some[0], *(group.group for group in families(groups)[0][1:])]
+    whole = contrast(uneven[2], uneven[0]).gain
+    assert per_doubling(uneven, counts).gain.value == pytest.approx(whole.value / 2)
+    assert per_doubling(uneven, counts).gain.high == pytest.approx(whole.high / 2)
+
+
 def test_the_verdict_is_in_plain_words_and_follows_the_intervals(text, groups):
     verdict = words(text.split('<div class="verdict">')[1].split("</div>")[0])
     assert verdict.count("4 trajectories against 1: last +") == 4
     assert "On cartpole_balance, Agentic Transformer (draw uniform), 4 trajectories against 1" in verdict
     found = contrast(*(group.group for group in families(groups)[0][::-2]))
     assert f"so keeping the context adds {found.by_context.text} more." in verdict
-    assert verdict.count("More trajectories help, and having them in context is part of it") == 4
+    assert (
+        verdict.count("Going by these two, more trajectories help, and having them in context is part of it")
+        == 4
+    )
+    trend = per_doubling([group.group for group in families(groups)[0]], (1, 2, 4))
+    assert f"By least squares over all 3 counts, each doubling brings last {trend.gain.text};" in verdict
+    assert (
+        f"so keeping the context adds {trend.by_context.text} more. Going by all, more trajectories help"
+        in verdict
+    )
     # Cells that differ in how trajectories are drawn are made up alike.
     assert (
         len(re.findall(r"draw return_stratified against uniform: last \S+ \[\S+ \S+\], no telling", verdict))
