@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from bpt_rl.run import protocols, statistics
 from bpt_rl.run.ablation_contrast import scores
 from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, family_title
 from bpt_rl.run.protocols import Estimate
 from bpt_rl.run.report_numbers import count, format_return
-from bpt_rl.run.report_plots import error_bars
-from bpt_rl.run.report_svg import SENTINEL, Plot, figure_axes, series_entry, to_svg
+from bpt_rl.run.report_plots import curve, episode_axis, error_bars
+from bpt_rl.run.report_svg import Plot, figure_axes, series_entry, to_svg
 from bpt_rl.run.report_verdict import judged
 
 
@@ -34,21 +33,16 @@ def curves(members: Sequence[tuple[str, CellGroup]], title: str, prefix: str) ->
     shown = [(name, group) for name, group in members if group.group.evaluation["num_episodes"] > 1]
     if not shown:
         return None
+    longest = max(group.group.evaluation["num_episodes"] for _, group in shown)
     legend, alt = [], []
     with figure_axes() as (figure, axes):
         for index, (name, member) in enumerate(shown):
             look = series_entry(name, index)
             estimates = protocols.curves(member.group.logs("chain"))
-            x = np.arange(1, len(estimates) + 1)
-            if estimates[0].has_interval:
-                low, high = [e.low for e in estimates], [e.high for e in estimates]
-                axes.fill_between(x, low, high, color=SENTINEL[look.variable], alpha=0.16, linewidth=0)
-            axes.plot(x, [e.value for e in estimates], **look.style)
+            curve(axes, estimates, look, longest)
             legend.append(look)
             alt.append(f"{look.label} from {words(estimates[0])} to {words(estimates[-1])}")
-        axes.set(xlabel="episode within the context", ylabel="return")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        episode_axis(axes, longest)
         svg = to_svg(figure, prefix)
     alt_words = f"Return at each episode of the context, {title}: {'; '.join(alt)}."
     sample = sample_words([group for _, group in shown])

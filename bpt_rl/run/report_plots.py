@@ -59,7 +59,8 @@ def loss_curves(runs: Sequence[Run], groups: Sequence[Group]) -> Plot | None:
 
 def episode_curve(group: Group, index: int | str) -> Plot | None:
     """Returns return against episode index within the context, or None if a context holds one episode."""
-    if group.evaluation["num_episodes"] < 2:
+    longest = group.evaluation["num_episodes"]
+    if longest < 2:
         return None
     looks = {
         "chain": LegendEntry(group.chain_title.lower(), "chain", "solid", "o"),
@@ -70,7 +71,7 @@ def episode_curve(group: Group, index: int | str) -> Plot | None:
         for name, look in looks.items():
             if logs := group.logs(name):
                 estimates = protocols.curves(logs)
-                _band(axes, estimates, look)
+                curve(axes, estimates, look, longest)
                 legend.append(look)
                 alt.append(f"{look.label} goes from {_words(estimates[0])} to {_words(estimates[-1])}")
         for number, look in _references(group):
@@ -79,9 +80,7 @@ def episode_curve(group: Group, index: int | str) -> Plot | None:
             )
             legend.append(look)
             alt.append(look.label)
-        axes.set(xlabel="episode within the context", ylabel="return")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        episode_axis(axes, longest)
         svg = to_svg(figure, f"episodes{index}")
     return Plot(
         svg,
@@ -90,6 +89,44 @@ def episode_curve(group: Group, index: int | str) -> Plot | None:
         f"Mean over chains at each episode; bands are pointwise 95% t intervals. {_sample(group)}.",
         legend,
     )
+
+
+MANY_EPISODES = 16
+"""More of them are drawn over a logarithmic axis, marked at powers of two: short contexts stay apart beside them."""
+
+
+def curve(axes: Any, estimates: Sequence[Estimate], look: LegendEntry, longest: int) -> None:
+    """Draws the return at each episode of a context, with a band where there are intervals.
+
+    Args:
+      axes: Those of `episode_axis`.
+      estimates: One an episode.
+      look: Of the line.
+      longest: Episodes of the longest context in the plot.
+    """
+    x = np.arange(1, len(estimates) + 1)
+    if estimates[0].has_interval:
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axes.fill_between(x, low, high, color=SENTINEL[look.variable], alpha=0.16, linewidth=0)
+    marked = [i - 1 for i in _powers_of_two(len(x))] if longest > MANY_EPISODES else 1
+    axes.plot(x, [e.value for e in estimates], **look.style, markevery=marked)
+
+
+def episode_axis(axes: Any, longest: int) -> None:
+    """Makes a plot one over the episodes of contexts, the longest of which has `longest`."""
+    axes.set(xlabel="episode within the context", ylabel="return")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    if longest > MANY_EPISODES:
+        ticks = _powers_of_two(longest)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
 
 
 def ablations(groups: Sequence[Group]) -> list[Plot]:
@@ -274,14 +311,6 @@ def _thin(
         return step, loss
     parts = np.array_split(np.arange(len(step)), most)
     return np.array([step[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
-
-
-def _band(axes: Any, estimates: Sequence[Estimate], look: LegendEntry) -> None:
-    x = np.arange(1, len(estimates) + 1)
-    if estimates[0].has_interval:
-        low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(x, low, high, color=SENTINEL[look.variable], alpha=0.2, linewidth=0)
-    axes.plot(x, [e.value for e in estimates], **look.style)
 
 
 def _ablation(lines: Mapping[str, Sequence[tuple[int, Estimate]]], title: str, prefix: str) -> Plot:

@@ -224,6 +224,19 @@ def test_interaction_points_are_means_over_seeds(text, groups):
     assert f"{expected.value:.1f} [{expected.low:.1f}, {expected.high:.1f}] at 4" in alt
 
 
+@pytest.mark.parametrize(
+    ("longest", "ticks"),
+    [(16, ["3", "6", "9", "12", "15"]), (20, ["1", "2", "4", "8", "16"])],
+)
+def test_contexts_of_many_episodes_are_drawn_over_powers_of_two(store_path, tmp_path, stubs, longest, ticks):
+    axes = {"train.data.num_trajectories": (2, longest)}
+    found = ablate(grid_of(store_path, tmp_path, axes=axes), lambda jobs: InlineLauncher(stubs.play))
+    section = found.folder.page_path.read_text().split("<h2>Return within the context")[1]
+    svg = section.split("</svg>")[0]
+    groups = re.findall(r'<g id="[^"]*-xtick_\d+">.*?<text[^>]*>([^<]*)</text>', svg, flags=re.DOTALL)
+    assert groups == ticks
+
+
 def test_linked_settings_are_one_axis_named_by_what_counts(store_path):
     linked = ({"evaluate.seed": (1, 2), "train.data.task": ("cartpole_balance", "cartpole_swingup")},)
     config = GridConfig(linked=linked, axes={"train.seed": (0, 1)})
