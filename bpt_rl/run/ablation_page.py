@@ -129,7 +129,8 @@ def _costs(groups: Sequence[CellGroup], prefix: str) -> str:
     rows = [report_tables.text_row(group.group.title, list(_cost_cells(group))) for group in groups]
     note = (
         "Means over seeds. Time of a training is that of the steps that count: what an interruption undid is left out, "
-        "compilation is not; seeds trained together share theirs. Memory is the largest that its process ever had, "
+        "compilation is not; seeds trained together share theirs. Cells that ran on one device at once slowed each "
+        "other. Memory is the largest that its process ever had, "
         "of the accelerator or of the host without one, and left out where an earlier cell of that process had more."
     )
     lines = {family_title(family): family for family in families(groups)}

@@ -1,5 +1,6 @@
 """What a grid's numbers say in plain language, each claim decided by an interval or left undecided."""
 
+import dataclasses
 import html
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,9 @@ from bpt_rl.run.ablation_groups import COUNT, TASK, Axis, CellGroup, families, w
 from bpt_rl.run.report_numbers import ReportedNumber
 
 MOST = 12
-"""Sentences of a verdict; the rest is in the plots."""
+"""Comparisons that a verdict tells of; the rest is in the plots."""
+Told = tuple[str, Sequence[Contrast]]
+"""A comparison in words, as HTML, and what its numbers are."""
 
 
 def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
@@ -23,22 +26,34 @@ def verdict(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> str:
     left_out = _left_out(groups)
     tasks = dict.fromkeys(group.task for group in whole)
     by_task = [[group for group in whole if group.task == task] for task in tasks]
-    sentences = [sentence for some in by_task for sentence in (*_of_counts(some), *_of_controls(some))]
-    sentences += _of_others([group for group in whole if not group.change], axes)
-    if not sentences and left_out:
+    told = [one for some in by_task for one in (*_of_counts(some), *_of_controls(some))]
+    told += _of_others([group for group in whole if not group.change], axes)
+    if not told and left_out:
         return (
             f"<p>No two settings of this grid that could be compared have all their seeds yet.</p>{left_out}"
         )
-    if not sentences:
+    if not told:
         return "<p>This grid compares nothing: each of its axes has one value. The returns stand below.</p>"
-    left = len(sentences) - MOST
+    left = len(told) - MOST
     more = f" {left} more comparisons can be read from the plots." if left > 0 else ""
-    note = (
-        "Each interval is one of 95%: of twenty comparisons of things that do not differ, one is expected to say that "
-        f"they do.{more}"
-    )
-    told = "".join(f"<p>{sentence}</p>" for sentence in sentences[:MOST])
-    return f'{told}<p class="note">{note}</p>{left_out}'
+    sentences = "".join(f"<p>{sentence}</p>" for sentence, _ in told[:MOST])
+    return f'{sentences}<p class="note">{_by_chance(told[:MOST])}{more}</p>{left_out}'
+
+
+def _by_chance(told: Sequence[Told]) -> str:
+    """Returns how many intervals leave zero out, and how many would if nothing differed."""
+    numbers = [
+        number
+        for _, contrasts in told
+        for found in contrasts
+        for number in (found.gain, found.control, found.by_context)
+        if number is not None and number.low < number.high
+    ]
+    if len(numbers) < 2:
+        return "An interval is one of 95%: one in twenty leaves zero out where nothing differs."
+    decided = sum(bool(_direction(number)) for number in numbers)
+    by_chance = f"{len(numbers) / 20:.1f} of them would be expected to leave zero out"
+    return f"Each of the {len(numbers)} intervals above is one of 95%: if nothing differed, {by_chance}; {decided} do."
 
 
 def _left_out(groups: Sequence[CellGroup]) -> str:
@@ -52,7 +67,7 @@ def _left_out(groups: Sequence[CellGroup]) -> str:
     return f'<p class="note">Not compared, since seeds are missing: {words}.</p>' if some else ""
 
 
-def _of_counts(groups: Sequence[CellGroup]) -> Iterator[str]:
+def _of_counts(groups: Sequence[CellGroup]) -> Iterator[Told]:
     """Yields the most trajectories against the fewest, and what a doubling brings where there are more counts."""
     for family in families(groups):
         most, fewest = family[-1], family[0]
@@ -63,28 +78,30 @@ def _of_counts(groups: Sequence[CellGroup]) -> Iterator[str]:
             f"{most.values[COUNT]} trajectories against {fewest.values[COUNT]}: {_measured(found)}"
         )
         if len(family) == 2:
-            yield f"{told} {_capital(_count_words(found))}"
+            yield f"{told} {_capital(_count_words(found))}", [found]
             continue
         trend = per_doubling([one.group for one in family], [int(one.values[COUNT]) for one in family])
-        yield (
-            f"{told} Going by these two, {_count_words(found)} By least squares over all {len(family)} counts, each "
-            f"doubling brings {_measured(trend)} Going by all, {_count_words(trend)}"
+        by_all = f"By least squares over all {len(family)} counts, each doubling brings {_measured(trend)}"
+        told = (
+            f"{told} Going by these two, {_count_words(found)} {by_all} Going by all, {_count_words(trend)}"
         )
+        yield told, [found, trend]
 
 
 def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _of_controls(groups: Sequence[CellGroup]) -> Iterator[str]:
+def _of_controls(groups: Sequence[CellGroup]) -> Iterator[Told]:
     """Yields each control against what it is like."""
     for base, controls in controlled(groups):
         for control in controls:
             found = contrast(control.group, base.group)
-            yield (
+            told = (
                 f"On <strong>{html.escape(base.task)}</strong>, control: {html.escape(base.group.title)}, "
                 f"{html.escape(change_title(control, base))}: {_measured(found)} {_control_words(found)}"
             )
+            yield told, [found]
 
 
 def _measured(found: Contrast) -> str:
@@ -139,7 +156,7 @@ def _control_words(found: Contrast) -> str:
     return f"{gain}; {context}."
 
 
-def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[str]:
+def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[Told]:
     """Yields the last value of each other axis against the first, where all else agrees."""
     varying = {axis.name: axis.varies for axis in axes}
     for axis in axes:
@@ -162,12 +179,14 @@ def _of_others(groups: Sequence[CellGroup], axes: Sequence[Axis]) -> Iterator[st
                 if name not in (axis.name, TASK) and varying.get(name, True)
             ]
             beside = f" ({html.escape(', '.join(others))})" if others else ""
-            yield (
+            told = (
                 f"On <strong>{html.escape(first.task)}</strong>{beside}, {html.escape(axis.title)} "
                 f"{html.escape(str(last.values[axis.name]))} against {html.escape(str(first.values[axis.name]))}: "
                 f"{difference.protocol} {difference.gain.render_inline()}, "
                 f"{words[_direction(difference.gain)]}."
             )
+            # Of the context nothing is told here.
+            yield told, [dataclasses.replace(difference, control=None, by_context=None)]
 
 
 def _is_largest_count(group: CellGroup, groups: Sequence[CellGroup]) -> bool:

@@ -187,7 +187,16 @@ def test_the_verdict_is_in_plain_words_and_follows_the_intervals(text, groups):
         len(re.findall(r"draw return_stratified against uniform: last \S+ \[\S+ \S+\], no telling", verdict))
         == 2
     )
-    assert "one is expected to say that they do" in verdict
+    bounds = re.findall(r"\[([+−]?[\d.]+), ([+−]?[\d.]+)\]", verdict)  # noqa: RUF001
+    # Cells that are made up alike differ by nothing at all.
+    intervals = [(low, high) for low, high in bounds if low != high]
+    assert (len(bounds), len(intervals)) == (26, 24)
+    decided = sum(low[0] == high[0] for low, high in intervals)
+    assert 0 < decided < 24
+    assert (
+        "Each of the 24 intervals above is one of 95%: if nothing differed, 1.2 of them would be" in verdict
+    )
+    assert f"expected to leave zero out; {decided} do." in verdict
 
 
 def test_the_page_shows_every_part_for_each_task(text):
