@@ -29,27 +29,34 @@ def same(ours, theirs):
         return ours == theirs
 
 
+BOTH = ("table.csv", "costs.csv")
+
+
 @pytest.mark.parametrize(
-    ("grid", "tables", "cells"),
+    ("grid", "tables", "files", "cells"),
     [
-        ("trajectory_count/grid.toml", "trajectory_count", ["trajectory_count/cells"]),
+        ("trajectory_count/grid.toml", "trajectory_count", BOTH, ["trajectory_count/cells"]),
         (
             "trajectory_count_seed0/grid.toml",
             "trajectory_count_seed0",
+            BOTH,
             ["agents/cells", "agents/control_cells"],
         ),
-        ("agents/sensitivity.toml", "agents/sensitivity", ["trajectory_count/cells"]),
+        ("agents/sensitivity.toml", "agents/sensitivity", BOTH, ["trajectory_count/cells"]),
+        # Cells that ran beside other work tell no times.
+        ("agents/layouts.toml", "agents/layouts", BOTH[:1], ["agents/layout_cells"]),
+        ("agents/layouts_counts.toml", "agents/layouts_counts", BOTH[:1], ["agents/layout_cells"]),
     ],
 )
-def test_a_committed_table_is_that_of_its_cells(tmp_path, monkeypatch, grid, tables, cells):
+def test_a_committed_table_is_that_of_its_cells(tmp_path, monkeypatch, grid, tables, files, cells):
     monkeypatch.chdir(ROOT)
     for folder in cells:
         shutil.copytree(f"results/{folder}", tmp_path / "results", dirs_exist_ok=True)
     config = config_toml.load(AblateConfig, f"results/{grid}")
     folder = GridFolder.of(dataclasses.replace(config, out=str(tmp_path)))
     write_tables(expand(config, folder.stores), folder)
-    for path in (folder.table_path, folder.costs_path):
-        ours, theirs = rows(path), rows(Path("results", tables, path.name))
+    for file in files:
+        ours, theirs = rows(folder.table_path.with_name(file)), rows(Path("results", tables, file))
         assert len(ours) == len(theirs) > 0
         for own, committed in zip(ours, theirs, strict=True):
             assert own.keys() == committed.keys()
