@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from bpt_rl.td_config import READ_FIELDS, TD_AGENTS
 CELL_SCHEMA = 2
 """Raised when the same settings would give other numbers, a default's new value included: then no cell that was
 finished before counts any more."""
+_log = logging.getLogger(__name__)
 Recorded = Callable[[], Mapping[str, Collection[str]]]
 """Returns, by task, the digests of the stores that finished cells were trained on."""
 _COUNT, _BATCH = "train.data.num_trajectories", "train.data.batch_size"
@@ -250,6 +252,9 @@ class _Stores:
                     f"A store that is not there is told by the finished cells of its task, which must share one; "
                     f"got {', '.join(digest[:8] for digest in known)} for {task} and none at {path}. Build it."
                 ) from None
+            _log.warning(
+                "No store is at %s: cells of %s are those of the store %s.", path, task, known[0][:8]
+            )
             return known[0]
         with store:
             check_simulated(store.source)

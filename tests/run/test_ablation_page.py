@@ -312,7 +312,9 @@ def test_a_page_of_a_grid_that_is_not_finished_says_what_is_missing_and_compares
     assert found.folder.page_path.read_text() == before
 
 
-def test_a_page_is_made_of_results_alone_but_no_cell_runs_without_its_store(store_path, tmp_path, stubs):
+def test_a_page_is_made_of_results_alone_but_no_cell_runs_without_its_store(
+    store_path, tmp_path, stubs, caplog
+):
     store = tmp_path / "store.h5"
     shutil.copy(store_path, store)
     axes = {"train.data.num_trajectories": (1, 2), "train.seed": (0, 1)}
@@ -321,6 +323,10 @@ def test_a_page_is_made_of_results_alone_but_no_cell_runs_without_its_store(stor
     before = {name: getattr(whole.folder, name).read_bytes() for name in ("page_path", "table_path")}
     store.unlink()
     assert report(config).num_finished == 4
+    assert re.search(
+        r"No store is at .*store\.h5: cells of cartpole_balance are those of the store [0-9a-f]{8}",
+        caplog.text,
+    )
     assert {name: getattr(whole.folder, name).read_bytes() for name in before} == before
     with pytest.raises(FileNotFoundError, match="A store must be a file"):
         ablate(config, lambda jobs: InlineLauncher(stubs.play))
