@@ -31,27 +31,12 @@ class Contrast:
 
 def contrast(group: Group, base: Group) -> Contrast:
     """Returns how a group differs from a base, with 95% intervals, paired by seed where both have the same."""
-    name = judged(group if group.has_memory else base)
-    ours, theirs = group.logs("chain"), base.logs("chain")
-    own_control, base_control = group.memoryless_logs(), base.memoryless_logs()
-    gain = protocols.difference(name, ours, theirs)
-    control = by_context = None
-    if own_control and base_control:
-        control = protocols.difference(name, own_control, base_control)
-        by_context = _beyond(name, group, base)
-
-    def shown(estimate: Estimate | None, words: str) -> ReportedNumber | None:
-        return None if estimate is None else _reported([group, base], estimate, f"{name}, {words}")
-
-    found = shown(gain, f"{group.short_title} less {base.short_title}")
-    if found is None:
-        raise ValueError("A contrast needs the log `chain` of both groups; one has none. Evaluate it again.")
-    return Contrast(
-        protocol=name,
-        gain=found,
-        control=shown(control, "memoryless controls' difference"),
-        by_context=shown(by_context, "difference less that of the memoryless controls"),
+    titles = (
+        f"{group.short_title} less {base.short_title}",
+        "memoryless controls' difference",
+        "difference less that of the memoryless controls",
     )
+    return _compared([group, base], np.array([1.0, -1.0]), titles)
 
 
 def per_doubling(groups: Sequence[Group], counts: Sequence[int]) -> Contrast:
@@ -64,51 +49,55 @@ def per_doubling(groups: Sequence[Group], counts: Sequence[int]) -> Contrast:
       groups: Of the same settings but for their number of trajectories; two at least.
       counts: That number of each.
     """
-    name = judged(groups[-1])
     place = np.log2(np.asarray(counts, np.float64))
     place -= place.mean()
-    weights = place / (place @ place)
-    kept = [group.logs("chain") for group in groups]
-    cleared = [group.memoryless_logs() for group in groups]
-    if not all(kept):
-        raise ValueError("A trend needs the log `chain` of every group; one has none. Evaluate it again.")
-    slopes = [_slope(name, weights, kept)]
-    if all(cleared):
-        slopes += [_slope(name, weights, cleared), _slope_of_context(name, weights, groups)]
-    count = sum(log.returns.shape[0] for log in kept[0])
-    basis: Basis = "chains" if len(kept[0]) == 1 else "seeds"
     titles = (
         "a doubling",
         "memoryless controls' doubling",
         "a doubling less that of the memoryless controls",
     )
-    shown = [
-        _reported(
-            groups,
-            Estimate(slope.value, *statistics.t_interval(slope), count, name, basis),
-            f"{name}, {title}",
-        )
-        for slope, title in zip(slopes, titles, strict=False)
-    ]
+    return _compared(groups, place / (place @ place), titles)
+
+
+def _compared(
+    groups: Sequence[Group], weights: Float[np.ndarray, "groups"], titles: tuple[str, str, str]
+) -> Contrast:
+    """Returns a weighted sum over groups: context kept, memoryless controls, and the one less the other."""
+    name = judged(next((group for group in groups if group.has_memory), groups[0]))
+    kept = [group.logs("chain") for group in groups]
+    cleared = [group.memoryless_logs() for group in groups]
+    if not all(kept):
+        raise ValueError("A contrast needs the log `chain` of every group; one has none. Evaluate it again.")
+    count = sum(log.returns.shape[0] for log in kept[0])
+    basis: Basis = "chains" if len(kept[0]) == 1 else "seeds"
+
+    def shown(found: Moment, title: str) -> ReportedNumber:
+        estimate = Estimate(found.value, *statistics.t_interval(found), count, name, basis)
+        return _reported(groups, estimate, f"{name}, {title}")
+
+    gain, control, by_context = titles
+    has_control = all(cleared)
     return Contrast(
         protocol=name,
-        gain=shown[0],
-        control=shown[1] if len(shown) > 1 else None,
-        by_context=shown[2] if len(shown) > 1 else None,
+        gain=shown(_weighted(name, weights, kept), gain),
+        control=shown(_weighted(name, weights, cleared), control) if has_control else None,
+        by_context=shown(_weighted_context(name, weights, groups), by_context) if has_control else None,
     )
 
 
-def _slope(name: str, weights: Float[np.ndarray, "groups"], logs: Sequence[Sequence[EpisodeLog]]) -> Moment:
+def _weighted(
+    name: str, weights: Float[np.ndarray, "groups"], logs: Sequence[Sequence[EpisodeLog]]
+) -> Moment:
     if _is_paired(logs):
         return statistics.moment(weights @ _levels(name, logs))
     return statistics.weighted([_moment(name, some) for some in logs], weights.tolist())
 
 
-def _slope_of_context(name: str, weights: Float[np.ndarray, "groups"], groups: Sequence[Group]) -> Moment:
+def _weighted_context(name: str, weights: Float[np.ndarray, "groups"], groups: Sequence[Group]) -> Moment:
     kept, cleared = ([group.logs("chain") for group in groups], [group.memoryless_logs() for group in groups])
     if _is_paired([*kept, *cleared]):
         return statistics.moment(weights @ (_levels(name, kept) - _levels(name, cleared)))
-    # An agent without memory is its own control.
+    # An agent without memory is its own control: there is no difference, and nothing to be uncertain of.
     parts = [
         statistics.less(_moment(name, ours), _moment(name, theirs))
         if group.has_memory
@@ -125,29 +114,6 @@ def _is_paired(logs: Sequence[Sequence[EpisodeLog]]) -> bool:
 
 def _levels(name: str, logs: Sequence[Sequence[EpisodeLog]]) -> Float[np.ndarray, "groups seeds"]:
     return np.array([[_level(name, log) for log in some] for some in logs])
-
-
-def _beyond(name: str, group: Group, base: Group) -> Estimate:
-    logs = [group.logs("chain"), group.memoryless_logs(), base.logs("chain"), base.memoryless_logs()]
-    per_seed = [[_level(name, log) for log in some] for some in logs]
-    count = sum(log.returns.shape[0] for log in logs[0])
-    basis: Basis = "chains" if len(logs[0]) == 1 else "seeds"
-    if len({len(some) for some in per_seed}) == 1 and len(per_seed[0]) > 1:
-        kept, cleared, base_kept, base_cleared = (np.array(some) for some in per_seed)
-        found = statistics.moment((kept - cleared) - (base_kept - base_cleared))
-        return Estimate(found.value, *statistics.t_interval(found), count, name, "seeds")
-    # An agent without memory is its own control: there is no difference, and nothing to be uncertain of.
-    parts = [
-        statistics.less(_moment(name, some[0]), _moment(name, some[1]))
-        for some, one in ((logs[:2], group), (logs[2:], base))
-        if one.has_memory
-    ]
-    if not parts:
-        return Estimate(0.0, 0.0, 0.0, count, name, basis)
-    found = parts[0] if len(parts) == 1 else statistics.less(parts[0], parts[1])
-    if not group.has_memory:
-        found = dataclasses.replace(found, value=-found.value)
-    return Estimate(found.value, *statistics.t_interval(found), count, name, basis)
 
 
 def _level(name: str, log: EpisodeLog) -> float:

@@ -117,12 +117,15 @@ def episode_axis(axes: Any, longest: int) -> None:
     axes.set(xlabel="episode within the context", ylabel="return")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if longest > MANY_EPISODES:
-        ticks = _powers_of_two(longest)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes, _powers_of_two(longest))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def _logarithmic(axes: Any, ticks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _powers_of_two(most: int) -> list[int]:
@@ -324,9 +327,7 @@ def _ablation(lines: Mapping[str, Sequence[tuple[int, Estimate]]], title: str, p
             values = ", ".join(f"{_words(e)} at {size}" for size, e in points)
             alt.append(f"{look.label}: {values}")
         counts = sorted({size for points in lines.values() for size, _ in points})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(size) for size in counts])
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes, counts)
         axes.set(xlabel="trajectories in context", ylabel="return")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         svg = to_svg(figure, prefix)
