@@ -40,6 +40,9 @@ def numbers(values: Values) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Yields what is compared of a setting, by name."""
     chain = {name: values["chain", name] for name in ("first", "last", "mean", "improvement")}
     yield from chain.items()
+    if rises := values.get(("memoryless", "improvement")):
+        # The control has the same start states, which all seeds share: they can be harder at first than at last.
+        yield "... beyond control's", {seed: chain["improvement"][seed] - rises[seed] for seed in rises}
     # Of chains of one episode the memoryless control is the chain itself.
     memoryless = values.get(("memoryless", "mean"), chain["mean"])
     yield "memoryless mean", memoryless
@@ -84,7 +87,7 @@ def main() -> None:
             if name in base and base[name].keys() == each.keys():
                 difference = {seed: value - base[name][seed] for seed, value in each.items()}
                 less = f"less {arguments.first}: {interval(difference)}"
-            print(f"  {name:18}{interval(each):22}{less}".rstrip())
+            print(f"  {name:21}{interval(each):22}{less}".rstrip())
 
 
 if __name__ == "__main__":

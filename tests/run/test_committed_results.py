@@ -42,6 +42,7 @@ BOTH = ("table.csv", "costs.csv")
             BOTH,
             ["agents/cells", "agents/control_cells"],
         ),
+        ("trajectory_count/steps.toml", "trajectory_count/steps", BOTH, ["trajectory_count/cells"]),
         ("agents/sensitivity.toml", "agents/sensitivity", BOTH, ["trajectory_count/cells"]),
         # Cells that ran beside other work tell no times.
         ("agents/layouts.toml", "agents/layouts", BOTH[:1], ["agents/layout_cells"]),
