@@ -104,7 +104,11 @@ class ChainSampler:
 
     def batch(self, index: int) -> PackedBatch:
         """Returns this process's rows of batch `index`: `batch_size` chains packed into all rows together."""
-        return self._place.gather(self.plan(index))
+        return self.gather(self.plan(index))
+
+    def gather(self, plan: BatchPlan) -> PackedBatch:
+        """Returns the batch of a plan: on the device if the episodes are kept there, else in the host's memory."""
+        return self._place.gather(plan)
 
     def plan(self, index: int) -> BatchPlan:
         """Returns what this process's rows of batch `index` are made of."""
@@ -166,11 +170,28 @@ def batches(
     stop: int,
     *,
     put: Callable[[PackedBatch], PackedBatch] | None = None,
+    is_put_ahead: bool = True,
 ) -> Iterator[PackedBatch]:
-    """Yields batches `start` to `stop`, made and put ahead in a thread; on the default device without `put`."""
+    """Yields batches `start` to `stop`, made ahead in a thread.
+
+    Args:
+      sampler: Makes them.
+      start: Index of the first.
+      stop: Index behind the last.
+      put: Puts one where it is used; on the default device if None.
+      is_put_ahead: Whether the thread puts them too, while others are in use. Else only what the host makes is made
+        ahead, and each takes memory of the device when it is asked for and no sooner.
+    """
     import grain
     import jax
 
+    put = put or jax.device_put
+    indices = grain.MapDataset.range(start, stop)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    dataset = grain.MapDataset.range(start, stop).map(sampler.batch).map(put or jax.device_put)
-    yield from dataset.to_iter_dataset(options)
+    if is_put_ahead:
+        yield from indices.map(sampler.batch).map(put).to_iter_dataset(options)
+    elif sampler.choice.place == "accelerator":
+        plans = indices.map(sampler.plan).to_iter_dataset(options)
+        yield from (put(sampler.gather(plan)) for plan in plans)
+    else:
+        yield from map(put, indices.map(sampler.batch).to_iter_dataset(options))

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
 
 from bpt_rl.config import TrainConfig
 from bpt_rl.run.devices import Device
-from bpt_rl.run.plan import Rows, plan_step, size
+from bpt_rl.run.plan import Level, Plan, Rows, plan_step, size
 from bpt_rl.run.ways_out import ways_out
 
 SIGNS = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "Out of memory")
@@ -19,6 +20,9 @@ FAR_BEYOND = 1.5
 
 MARGIN = 0.9
 """Share of the memory that ways out may take by the plan, which was wrong once."""
+
+TIGHT = 0.5
+"""Share of an accelerator's memory: a step that takes more has no second place there. See `MemoryWatch.is_tight`."""
 
 
 class OutOfMemoryError(MemoryError):
@@ -40,16 +44,41 @@ class MemoryWatch:
         Raises:
           OutOfMemoryError: If it is.
         """
-        if self.config.agent == "bc" or self.config.model.implementation == "reference":
+        if not self._has_plan:
             return
-        plan = plan_step(self.config, self.rows, self.device)
-        level = plan.level(self.config.model.activations) or plan.leanest
+        plan, level = self._planned()
         if level.memory.device > FAR_BEYOND * self.device.memory:
             raise OutOfMemoryError(
                 f"A training step must fit its device; by the plan one with activations {level.activations} takes "
                 f"{size(level.memory.device)}, and {self.device.name} has {size(self.device.memory)}. "
                 f"Ways out:{ways_out(plan, level, int(MARGIN * self.device.memory))}"
             )
+
+    @functools.cached_property
+    def is_tight(self) -> bool:
+        """Whether nothing may take memory of the accelerator while a step runs.
+
+        XLA allocates what a step needs as one block, and what is allocated meanwhile, like the next batch, right behind
+        it. When the step is over it leaves a hole of just its size, whose beginning may go to the batch after that; the
+        next step then needs another place.
+        """
+        if not self._has_plan or self.device.is_host:
+            return False
+        _, level = self._planned()
+        return level.memory.device > TIGHT * self.device.memory
+
+    @property
+    def _has_plan(self) -> bool:
+        return self.config.agent != "bc" and self.config.model.implementation != "reference"
+
+    def _planned(self) -> tuple[Plan, Level]:
+        """Returns the plan, and the level that the run is at.
+
+        Raises:
+          ValueError: If there is no plan.
+        """
+        plan = plan_step(self.config, self.rows, self.device)
+        return plan, plan.level(self.config.model.activations) or plan.leanest
 
     @contextlib.contextmanager
     def over(self, stage: str) -> Iterator[None]:
@@ -70,7 +99,7 @@ class MemoryWatch:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         asked = f"activations {self.config.model.activations}"
         try:
-            plan = plan_step(self.config, self.rows, self.device)
+            plan, level = self._planned()
         except ValueError as reason:
             return (
                 f"A training step must fit its device; {self.device.name} with {size(self.device.memory)} ran "
@@ -78,7 +107,6 @@ class MemoryWatch:
                 "data.batch_size with more optimizer.accumulation. (b) a smaller data.num_trajectories. (c) a smaller "
                 "model (model.embed_dim, model.num_layers). Checkpoints stay."
             )
-        level = plan.level(self.config.model.activations) or plan.leanest
         memory = int(MARGIN * min(level.memory.device, self.device.memory))
         host = f" and {size(level.memory.host)} of the host" if level.memory.host else ""
         return (

@@ -281,7 +281,10 @@ def _recorded_activations(config: TrainConfig) -> Activations | None:
 def _steps(
     subject: _Subject, state: TrainState, seeds: Sequence[int], steps: range
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
-    """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device."""
+    """Yields number, state and metrics of each gradient step as soon as it is dispatched to the device.
+
+    One that leaves no room for others is waited for, and the next batch takes memory only then.
+    """
     watch, mesh, sampler = subject.watch, subject.mesh, subject.sampler
 
     def make_batch(inputs: tuple[tuple[PackedBatch, ...], ...]) -> PackedBatch:
@@ -295,7 +298,8 @@ def _steps(
     key = jax.jit(lambda: stacked([jax.random.key(seed) for seed in seeds]), out_shardings=everywhere)()
     put = functools.partial(placed_batch, mesh=mesh) if mesh else None
     first, last = steps.start * accumulation, steps.stop * accumulation
-    every = (batches(sampler.with_seed(seed), first, last, put=put) for seed in seeds)
+    put_ahead = not watch.is_tight
+    every = (batches(sampler.with_seed(seed), first, last, put=put, is_put_ahead=put_ahead) for seed in seeds)
     source = zip(*every, strict=True)
     compiled: CompiledStep | None = None
     for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
@@ -313,4 +317,6 @@ def _steps(
                 )
         with watch.over(f"in step {step}"):
             state, metrics = compiled(state, inputs, key)
+            if watch.is_tight:
+                jax.block_until_ready(metrics)
         yield step, state, metrics

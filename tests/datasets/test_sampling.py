@@ -1,5 +1,8 @@
 import itertools
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -161,6 +164,42 @@ def test_prefetched_batches_are_those_of_the_sampler_from_any_start(store):
         assert len(found) == stop - start
         for k, batch in zip(range(start, stop), found, strict=True):
             check_equal(batch, sampler.batch(k))
+
+
+@pytest.mark.parametrize("place", ["accelerator", "host", "stream"])
+def test_batches_that_are_not_put_ahead_take_the_device_one_by_one(store, place, monkeypatch):
+    sampler, gathered, put = make_sampler(store, place=place), [], []
+    gather = sampler.gather
+
+    def noted(plan):
+        gathered.append(threading.current_thread())
+        return gather(plan)
+
+    def placed(batch):
+        put.append(threading.current_thread())
+        return jax.device_put(batch)
+
+    monkeypatch.setattr(sampler, "gather", noted)
+    here = threading.current_thread()
+    found = []
+    for count, batch in enumerate(batches(sampler, 2, 9, put=placed, is_put_ahead=False), 1):
+        found.append(batch)
+        # As long as a batch is in use nothing else is put, nor gathered where that takes memory of the device.
+        time.sleep(0.02)
+        assert put == [here] * count
+        assert place != "accelerator" or gathered == put
+    assert place == "accelerator" or (len(gathered) == 7 and here not in gathered)
+    for k, batch in zip(range(2, 9), found, strict=True):
+        check_equal(batch, sampler.batch(k))
+    put.clear()
+    ahead = batches(sampler, 0, 9, put=placed)
+    next(ahead)
+    deadline = time.monotonic() + 10
+    while len(put) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(put) >= 3
+    assert here not in put
+    ahead.close()
 
 
 def stacked(shares):

@@ -66,6 +66,25 @@ def test_auto_keeps_what_fits_the_devices_that_share_a_step():
     assert chosen == {1: "offload_attention", 8: "save_attention"}
 
 
+def test_a_step_is_tight_where_an_accelerator_has_no_second_place_for_it():
+    config = large(model=dataclasses.replace(LARGE, activations="recompute"), tokens=131_072)
+    rows = rows_of_task(config)
+    taken = make_plan(config).level("recompute").memory.device
+
+    def is_tight(memory, **changes):
+        device = dataclasses.replace(H100, memory=memory, **changes)
+        return MemoryWatch(config=config, rows=rows, device=device).is_tight
+
+    assert [is_tight(memory) for memory in (taken, 2 * taken - 1, 2 * taken)] == [True, True, False]
+    # A processor's memory is in pieces, and what is not planned is not known to be tight.
+    assert not is_tight(taken, is_host=True)
+    assert not MemoryWatch(
+        config=dataclasses.replace(config, agent="bc"),
+        rows=rows,
+        device=dataclasses.replace(H100, memory=1),
+    ).is_tight
+
+
 def test_what_no_device_of_the_mesh_can_hold_is_refused_before_it_begins():
     def watch(count):
         mesh = MeshConfig(context=count, attention="ulysses")

@@ -17,6 +17,7 @@ from bpt_rl.datasets.store import Store
 from bpt_rl.run.checkpoint import Checkpoints
 from bpt_rl.run.ledger import Ledger
 from bpt_rl.run.open_runs import OpenRun
+from bpt_rl.run.out_of_memory import MemoryWatch
 from bpt_rl.run.step import init_state, make_optimizer, make_schedule, train_step
 from bpt_rl.run.train import train
 from bpt_rl.types import PackedBatch
@@ -181,6 +182,28 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one_bit_for_bit_wherever_
         "Episodes are kept in place accelerator: asked for; episodes of 0.00934 MiB.",
         "Activations: keep, asked for.",
     ]
+
+
+def test_a_step_that_leaves_no_room_is_waited_for_before_the_next_batch_is_made(
+    tiny, trained, tmp_path, monkeypatch, read_state, assert_same_bits
+):
+    happened, gather, wait = [], ChainSampler.gather, jax.block_until_ready
+
+    def gathered(sampler, plan):
+        happened.append("batch")
+        return gather(sampler, plan)
+
+    def waited(values):
+        happened.append("wait")
+        return wait(values)
+
+    monkeypatch.setattr(MemoryWatch, "is_tight", True)
+    monkeypatch.setattr(ChainSampler, "gather", gathered)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    folder = train(tiny(tmp_path / "at", place="accelerator"))
+    assert happened == ["batch", "wait"] * 6
+    assert_same_bits(read_state(folder), read_state(trained))
+    assert without_clock(folder) == without_clock(trained)
 
 
 def test_accumulated_runs_go_on_with_the_next_batches(tiny, tmp_path, read_state, assert_same_bits):
