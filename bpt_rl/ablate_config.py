@@ -144,7 +144,7 @@ class DemoConfig:
     out: str = "runs/demo"
     """Folder that receives episodes, store, runs and report."""
     seed: int = 0
-    """Of data and training. The environments of the evaluation have their own, the same for every seed."""
+    """Of data and training; the environments of the evaluation have 1,000,000 more."""
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     """What each algorithm records."""
     algorithms: tuple[Algorithm, ...] = ("random", "ornstein_uhlenbeck")

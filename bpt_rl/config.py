@@ -311,8 +311,9 @@ class EvaluateConfig:
     """What to do with a chain that outgrows context_capacity: refuse it, or drop the oldest trajectories, whole."""
     sample: bool = False
     """Draw actions from a Gaussian head instead of taking their mean; agents without one take their action."""
-    seed: int = 1_000_000
-    """Seed of the environments and of drawn actions; training never uses it."""
+    seed: int = -1
+    """Seed of the environments and of drawn actions; training never uses it. -1 for 1,000,000 and the run's own: so
+    runs of several seeds differ in start states too, and intervals over them speak of those as well."""
     num_workers: int = 0
     """Simulator processes; 0 means one a core."""
     max_environments: int = 128
@@ -328,9 +329,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_chains", "target_multiple", "sweep_episodes", "max_environments")
-        not_negative(
-            self, "num_episodes", "num_workers", "seed", "num_context_trajectories", "context_capacity"
-        )
+        not_negative(self, "num_episodes", "num_workers", "num_context_trajectories", "context_capacity")
+        if self.seed != -1:
+            not_negative(self, "seed")
         if not 0 <= self.target_quantile <= 1:
             raise ValueError(f"target_quantile must lie in [0, 1]; got {self.target_quantile}. 0.9 is usual.")
         if (self.num_context_trajectories == 0) != (self.context_order == "none"):

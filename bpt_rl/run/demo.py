@@ -43,7 +43,7 @@ def demo(config: DemoConfig, *, command: str = "") -> Path:
             environments = make_vector(
                 config.task,
                 ablation.evaluate.num_chains,
-                ablation.evaluate.seed,
+                config.seed,
                 config.collect.action_repeat,
             )
             advance(1, 1)

@@ -22,7 +22,7 @@ from bpt_rl.run.evaluated_run import EvaluatedRun
 from bpt_rl.run.evaluation_journal import EvaluationJournal
 from bpt_rl.run.evaluation_record import SCHEMA, data_summary, estimates
 from bpt_rl.run.rollout import Start
-from bpt_rl.types import DataStatistics, EpisodeLog
+from bpt_rl.types import EpisodeLog
 
 
 def evaluate(
@@ -108,7 +108,7 @@ def evaluate_run(
     subject = EvaluatedRun.open(folder, config)
     target, _ = subject.target
     journal = EvaluationJournal(folder.evaluations_path, subject.journal_key())
-    with _Simulated(environments, subject.statistics, config) as simulated:
+    with _Simulated(environments, subject) as simulated:
 
         def logged(policy: Policy, plan: LogPlan) -> EpisodeLog:
             return journal.log(plan.context) or _play(policy, simulated, plan, report_progress, journal)
@@ -156,7 +156,7 @@ def _record(
             "overflow": config.full_context,
         },
         "train_seed": subject.trained.seed,
-        "environment_seed": config.seed,
+        "environment_seed": subject.seed,
         "actions": "mean" if subject.sample_seed is None else "sampled",
         "data": data_summary(statistics, subject.trained),
         "logs": {name: records.log_to_json(log) for name, log in logs.items()},
@@ -181,14 +181,14 @@ def _record(
 class _Simulated(contextlib.ExitStack):
     """The environments of an evaluation: those given, or some of its own, of each number that is needed."""
 
-    def __init__(self, given: VectorEnv | None, statistics: DataStatistics, config: EvaluateConfig) -> None:
+    def __init__(self, given: VectorEnv | None, subject: EvaluatedRun) -> None:
         super().__init__()
         if given is not None and not isinstance(given, DMCVectorEnv):
             raise ValueError(
                 f"A run must be evaluated in environments of make_vector; got {type(given).__name__}. Pass none, or "
                 "call bpt_rl.run.evaluate.evaluate."
             )
-        self._given, self._statistics, self._config = given, statistics, config
+        self._given, self._subject = given, subject
         self._made: dict[int, VectorEnv] = {}
 
     def of(self, num_environments: int) -> VectorEnv:
@@ -196,9 +196,13 @@ class _Simulated(contextlib.ExitStack):
         if self._given is not None:
             return self._given
         if num_environments not in self._made:
-            task, action_repeat = self._statistics.task, self._statistics.action_repeat
+            subject, statistics = self._subject, self._subject.statistics
             made = make_vector(
-                task, num_environments, self._config.seed, action_repeat, self._config.num_workers
+                statistics.task,
+                num_environments,
+                subject.seed,
+                statistics.action_repeat,
+                subject.config.num_workers,
             )
             self._made[num_environments] = self.enter_context(contextlib.closing(made))
         return self._made[num_environments]

@@ -33,6 +33,9 @@ from bpt_rl.run.train_td import restore_learner
 from bpt_rl.td_config import TD_AGENTS
 from bpt_rl.types import DataStatistics
 
+FIRST_SEED = 1_000_000
+"""Of the environments of a run that was trained with seed 0."""
+
 
 def load_params(folder: records.RunFolder, mesh: MeshConfig | None = None) -> tuple[Agent, Params, int]:
     """Returns the agent of a run, its newest parameters and their gradient step.
@@ -175,12 +178,17 @@ class EvaluatedRun:
         return self.config.context_capacity or self.config.num_context_trajectories + self.num_episodes
 
     @property
+    def seed(self) -> int:
+        """Seed of the environments and of drawn actions."""
+        return FIRST_SEED + self.trained.seed if self.config.seed < 0 else self.config.seed
+
+    @property
     def sample_seed(self) -> int | None:
         """Seed of drawn actions; None where the mean is taken."""
         has_head = (
             self.trained.agent not in TD_AGENTS and self.trained.model.action_distribution == "gaussian"
         )
-        return self.config.seed if self.config.sample and has_head else None
+        return self.seed if self.config.sample and has_head else None
 
     @functools.cached_property
     def target(self) -> tuple[float, str]:
@@ -233,7 +241,7 @@ class EvaluatedRun:
                 order=config.context_order,
                 target_return=target,
                 num_chains=config.num_chains,
-                seed=config.seed,
+                seed=self.seed,
                 expected_return=self.expected_return,
             )
 
@@ -241,7 +249,7 @@ class EvaluatedRun:
         """Returns what to roll out; of a policy that is asked for nothing the target is NaN."""
         is_random, num_chains = name == "random", self.config.num_chains
         start = Start(
-            seed=self.config.seed,
+            seed=self.seed,
             target_return=target if self.is_conditioned and not is_random else math.nan,
             contexts=None if is_random else self.contexts(target),
             num_episodes=num_episodes,
@@ -272,7 +280,7 @@ class EvaluatedRun:
         if self.config.memoryless and self.trained.agent in CHAIN_AGENTS and self.num_episodes > 1:
             policies["memoryless"] = self.policy(clear_context=True)
         if self.config.random:
-            policies["random"] = RandomPolicy(self.statistics.action_dim, self.config.seed)
+            policies["random"] = RandomPolicy(self.statistics.action_dim, self.seed)
         return policies
 
     def journal_key(self) -> dict[str, Any]:

@@ -27,6 +27,9 @@ Recorded = Callable[[], Mapping[str, Collection[str]]]
 _COUNT, _BATCH = "train.data.num_trajectories", "train.data.batch_size"
 _NO_PART = ("run", "checkpoint_every", "keep_checkpoints", "log_every", "logger", "data.store", "num_workers")
 """Settings that no number depends on, beside those of the mesh; of the store the content counts."""
+_ONCE_DEFAULT: Mapping[type, Mapping[str, Any]] = {EvaluateConfig: {"seed": 1_000_000}}
+"""Settings whose default has changed, and what it was: an address leaves out that value and no other, so that cells
+finished before are still known."""
 _OF_CONTEXT = ("context_order", "num_context_trajectories", "context_capacity", "full_context")
 _OF_TARGET = (
     "target",
@@ -149,11 +152,18 @@ def _cell(config: GridConfig, fixed: Mapping[str, Any], values: Mapping[str, Any
 
 def _content(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:
     """Returns the settings that count and are not the default: one that did not exist yet was not said either."""
+    unsaid = _unsaid()[type(config)]
     return {
         name: value
-        for name, value in _said(config).items()
-        if name not in _NO_PART and not name.startswith("mesh.")
+        for name, value in _fields(config).items()
+        if value != unsaid[name] and name not in _NO_PART and not name.startswith("mesh.")
     }
+
+
+@functools.cache
+def _unsaid() -> dict[type, dict[str, Any]]:
+    """Returns the values that addresses leave out."""
+    return {kind: {**fields, **_ONCE_DEFAULT.get(kind, {})} for kind, fields in _defaults().items()}
 
 
 def _said(config: TrainConfig | EvaluateConfig) -> dict[str, Any]:

@@ -48,6 +48,20 @@ def log_of(record, context):
     return records.log_from_json(record["logs"][context])
 
 
+def test_start_states_are_those_of_the_training_seed_unless_asked_for(opened, trained):
+    def of(train_seed, **changes):
+        return dataclasses.replace(
+            opened,
+            config=EvaluateConfig(num_chains=3, sample=True, **changes),
+            trained=dataclasses.replace(opened.trained, seed=train_seed),
+        )
+
+    assert [of(seed).seed for seed in (0, 1, 2)] == [1_000_000, 1_000_001, 1_000_002]
+    assert [of(seed, seed=11).seed for seed in (0, 1)] == [11, 11]
+    for subject, seed in ((of(2), 1_000_002), (of(2, seed=0), 0)):
+        assert {subject.plan(name, 1.0, 2).start.seed for name in ("chain", "random")} == {seed}
+
+
 def test_n_trajectories_mean_n_in_training_and_n_at_evaluation(tiny, store_path, record, tmp_path):
     config = tiny(tmp_path)
     assert config.data.num_trajectories == 2
