@@ -20,7 +20,7 @@ Progress = Callable[..., None]
 """Called with cells done, cells in all and, by keyword, a note to show."""
 TRIES = 2
 """Of a cell in one call, the failed ones counted."""
-PAGE_SCHEMA = 3
+PAGE_SCHEMA = 4
 """Raised when tables or page change: those that lie there are written anew."""
 POLL = 1.0
 """Seconds between two looks at cells that another process is at."""

@@ -19,8 +19,7 @@ from bpt_rl.run.simulated_source import check_simulated
 from bpt_rl.td_config import READ_FIELDS, TD_AGENTS
 
 CELL_SCHEMA = 2
-"""Raised when the same settings would give other numbers, a default's new value included: then no cell that was
-finished before counts any more."""
+"""Raised when the same settings would give other numbers: then no cell that was finished before counts any more."""
 _log = logging.getLogger(__name__)
 Recorded = Callable[[], Mapping[str, Collection[str]]]
 """Returns, by task, the digests of the stores that finished cells were trained on."""

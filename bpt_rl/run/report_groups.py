@@ -106,6 +106,12 @@ class Group:
         return evaluation
 
     @property
+    def shares_start_states(self) -> bool:
+        """Whether several training seeds were played from the same start states: they are a smaller sample then."""
+        played = [run.evaluation["environment_seed"] for run in self.runs if run.evaluation is not None]
+        return len(set(played)) < len(played)
+
+    @property
     def shown(self) -> str:
         """The dataset trajectories that stood in context before the first episode, in words; empty if none did."""
         context = self.evaluation["context"]

@@ -91,6 +91,11 @@ def results(groups: Sequence[Group], *, first: int = 0) -> str:
         "null max is the expected largest return of as many independent episodes of that control. Point at a "
         "number for its protocol, subset, chains and seeds."
     )
+    if any(group.shares_start_states for group in groups):
+        caption += (
+            " Training seeds were played from the same start states: intervals over seeds speak of these alone, and "
+            "are too narrow for others."
+        )
     return (
         f'{table("Results", "results", ["Policy", *head], bodies)}<p class="note">{html.escape(caption)}</p>'
     )

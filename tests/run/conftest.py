@@ -266,7 +266,7 @@ def _write_run(
             "target_return": 60.0,
             "target_rule": "largest return in the data",
             "train_seed": seed,
-            "environment_seed": 1_000_000,
+            "environment_seed": 1_000_000 + seed,
             "data": {
                 "source": "walker/proto",
                 "subset": "first-5",

@@ -139,8 +139,8 @@ def test_an_address_is_of_the_content_alone(grid_of, store_path, tmp_path):
     assert len({cell.address, *addresses}) == 7
 
 
-def test_a_default_changes_with_the_schema_of_cells_alone():
-    """An address leaves defaults out, so that a new setting keeps cells finished: a changed one must not."""
+def test_what_addresses_leave_out_changes_with_the_schema_of_cells_alone():
+    """An address leaves defaults out, so that a new setting keeps cells finished: a changed one must be said."""
     known = json.loads(Path(__file__).with_name("cell_defaults.json").read_text())
     now = {"train": _unsaid()[TrainConfig], "evaluate": _unsaid()[EvaluateConfig]}
     now = json.loads(json.dumps(now))
@@ -151,7 +151,7 @@ def test_a_default_changes_with_the_schema_of_cells_alone():
         if known[group][name] != now[group][name]
     ]
     assert known["schema"] == CELL_SCHEMA, "write cell_defaults.json anew"
-    assert not changed, "raise CELL_SCHEMA and write cell_defaults.json anew"
+    assert not changed, "name the old default in _ONCE_DEFAULT"
 
 
 def test_other_data_below_the_same_name_are_other_cells(grid_of, store_path, tmp_path):

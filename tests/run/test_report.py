@@ -189,6 +189,14 @@ def test_seeds_of_one_experiment_are_grouped(tmp_path, write_run):
     assert (random.low, random.high) == (single.low, single.high)
 
 
+@pytest.mark.parametrize(("changes", "is_said"), [({}, False), ({"environment_seed": 7}, True)])
+def test_start_states_that_seeds_share_are_said_to_be_a_smaller_sample(tmp_path, write_run, changes, is_said):
+    paths = [write_run(tmp_path, f"seed{seed}", seed=seed, **changes) for seed in (0, 1)]
+    for some, said in ((paths, is_said), (paths[:1], False)):
+        text = write_report(some, tmp_path / "report.html").read_text()
+        assert ("Training seeds were played from the same start states" in text) == said
+
+
 def test_other_settings_make_another_group_and_are_named(tmp_path, write_run):
     paths = [write_run(tmp_path, "a"), write_run(tmp_path, "b", target_rule="0.9 quantile")]
     groups = report_groups.group_runs(report_groups.read_runs(paths))
