@@ -48,20 +48,6 @@ def log_of(record, context):
     return records.log_from_json(record["logs"][context])
 
 
-def test_start_states_are_those_of_the_training_seed_unless_asked_for(opened, trained):
-    def of(train_seed, **changes):
-        return dataclasses.replace(
-            opened,
-            config=EvaluateConfig(num_chains=3, sample=True, **changes),
-            trained=dataclasses.replace(opened.trained, seed=train_seed),
-        )
-
-    assert [of(seed).seed for seed in (0, 1, 2)] == [1_000_000, 1_000_001, 1_000_002]
-    assert [of(seed, seed=11).seed for seed in (0, 1)] == [11, 11]
-    for subject, seed in ((of(2), 1_000_002), (of(2, seed=0), 0)):
-        assert {subject.plan(name, 1.0, 2).start.seed for name in ("chain", "random")} == {seed}
-
-
 def test_n_trajectories_mean_n_in_training_and_n_at_evaluation(tiny, store_path, record, tmp_path):
     config = tiny(tmp_path)
     assert config.data.num_trajectories == 2
@@ -77,18 +63,6 @@ def test_n_trajectories_mean_n_in_training_and_n_at_evaluation(tiny, store_path,
         log = log_of(record, context)
         assert log.returns.shape == (3, 2)
         assert (log.num_steps == 50).all()
-
-
-@pytest.mark.parametrize(
-    ("agent", "asked", "expected"), [("at", 0, 2), ("at", 5, 5), ("bc", 0, 4), ("bc", 1, 1), ("dt", 0, 4)]
-)
-def test_episodes_are_those_asked_for_else_those_of_training_else_four(
-    opened, tiny, tmp_path, agent, asked, expected
-):
-    asked_run = dataclasses.replace(
-        opened, config=EvaluateConfig(num_episodes=asked), trained=tiny(tmp_path, agent=agent)
-    )
-    assert asked_run.num_episodes == expected
 
 
 def test_returns_are_the_sums_of_the_rewards_of_the_same_actions(environments):
