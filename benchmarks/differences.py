@@ -41,7 +41,7 @@ def numbers(values: Values) -> Iterator[tuple[str, Mapping[str, float]]]:
     chain = {name: values["chain", name] for name in ("first", "last", "mean", "improvement")}
     yield from chain.items()
     if rises := values.get(("memoryless", "improvement")):
-        # The control has the same start states, which all seeds share: they can be harder at first than at last.
+        # The control has the same start states: they can be harder at first than at last.
         yield "... beyond control's", {seed: chain["improvement"][seed] - rises[seed] for seed in rises}
     # Of chains of one episode the memoryless control is the chain itself.
     memoryless = values.get(("memoryless", "mean"), chain["mean"])

@@ -9,7 +9,7 @@ policy that never improves is covered in fewer than 93 of 100 studies. 2,000 stu
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bpt_rl.types import EpisodeLog
 NUM_EPISODES = 8
 CHAINS = (8, 16, 32)
 SEEDS = (1, 3, 5)
+GAINS = ("improvement", "slope")
 BAR = 0.93
 SHAPES = {
     "normal": lambda g, size: g.normal(300, 60, size),
@@ -92,13 +93,10 @@ def coverage(num_studies: int) -> list[dict[str, Any]]:
                 if EFFECTS[effect][2] and num_seeds == 1:
                     continue  # One seed's interval speaks of that checkpoint, which did improve or worsen.
                 for num_chains in CHAINS:
-                    covered = {"improvement": 0, "slope": 0}
-                    for logs in studies(shape, (num_studies, num_seeds, num_chains), effect=effect):
-                        for name in covered:
-                            covered[name] += covers(protocols.estimate(name, logs), 0.0)
+                    size = (num_studies, num_seeds, num_chains)
                     rows.append(
                         {"effect": effect, "shape": shape, "seeds": num_seeds, "chains": num_chains}
-                        | {name: number / num_studies for name, number in covered.items()}
+                        | shares_covered(studies(shape, size, effect=effect), GAINS)
                     )
     return rows
 
@@ -112,21 +110,31 @@ def start_states(num_studies: int) -> list[dict[str, Any]]:
     for is_shared in (True, False):
         for num_seeds in SEEDS[1:]:
             for num_chains in (4, *CHAINS):
-                generator = np.random.default_rng([is_shared, num_seeds, num_chains])
-                covered = {"improvement": 0, "slope": 0}
-                for _ in range(num_studies):
-                    size = (num_seeds, num_chains, NUM_EPISODES)
-                    start = generator.normal(size=(1 if is_shared else num_seeds, *size[1:]))
-                    noise = generator.normal(size=size)
-                    returns = np.sqrt(OF_START) * start + np.sqrt(1 - OF_START) * noise
-                    for name in covered:
-                        covered[name] += covers(protocols.estimate(name, list(map(make_log, returns))), 0.0)
+                found = started_studies((num_studies, num_seeds, num_chains), is_shared=is_shared)
                 effect = "start states shared" if is_shared else "start states of each seed"
                 rows.append(
                     {"effect": effect, "seeds": num_seeds, "chains": num_chains}
-                    | {name: number / num_studies for name, number in covered.items()}
+                    | shares_covered(found, GAINS)
                 )
     return rows
+
+
+def started_studies(size: tuple[int, int, int], *, is_shared: bool) -> Iterator[list[EpisodeLog]]:
+    """Yields the logs of each study like `studies`, of normal returns in part decided by start states."""
+    num_studies, num_seeds, num_chains = size
+    generator = np.random.default_rng([is_shared, num_seeds, num_chains])
+    for _ in range(num_studies):
+        start = generator.normal(size=(1 if is_shared else num_seeds, num_chains, NUM_EPISODES))
+        noise = generator.normal(size=(num_seeds, num_chains, NUM_EPISODES))
+        yield [make_log(log) for log in np.sqrt(OF_START) * start + np.sqrt(1 - OF_START) * noise]
+
+
+def shares_covered(
+    found: Iterable[Sequence[EpisodeLog]], names: Sequence[str], truth: float = 0.0
+) -> dict[str, float]:
+    """Returns the share of studies whose interval holds the truth, by protocol."""
+    covered = [[covers(protocols.estimate(name, logs), truth) for name in names] for logs in found]
+    return dict(zip(names, np.mean(covered, axis=0).tolist(), strict=True))
 
 
 def covers(found: protocols.Estimate, truth: float) -> bool:
@@ -203,13 +211,10 @@ def levels(num_studies: int) -> list[dict[str, Any]]:
         truth = float(draw(np.random.default_rng(2), (4_000_000,)).mean())
         for num_seeds in SEEDS:
             for num_chains in CHAINS:
-                covered = {"last": 0, "mean": 0}
-                for logs in studies(shape, (num_studies, num_seeds, num_chains)):
-                    for name in covered:
-                        covered[name] += covers(protocols.estimate(name, logs), truth)
+                found = studies(shape, (num_studies, num_seeds, num_chains))
                 rows.append(
                     {"shape": shape, "seeds": num_seeds, "chains": num_chains}
-                    | {name: number / num_studies for name, number in covered.items()}
+                    | shares_covered(found, ("last", "mean"), truth)
                 )
     return rows
 

@@ -46,7 +46,7 @@ class MemoryWatch:
         """
         if not self._has_plan:
             return
-        plan, level = self._planned()
+        plan, level = self._planned
         if level.memory.device > FAR_BEYOND * self.device.memory:
             raise OutOfMemoryError(
                 f"A training step must fit its device; by the plan one with activations {level.activations} takes "
@@ -54,7 +54,7 @@ class MemoryWatch:
                 f"Ways out:{ways_out(plan, level, int(MARGIN * self.device.memory))}"
             )
 
-    @functools.cached_property
+    @property
     def is_tight(self) -> bool:
         """Whether nothing may take memory of the accelerator while a step runs.
 
@@ -64,15 +64,16 @@ class MemoryWatch:
         """
         if not self._has_plan or self.device.is_host:
             return False
-        _, level = self._planned()
+        _, level = self._planned
         return level.memory.device > TIGHT * self.device.memory
 
     @property
     def _has_plan(self) -> bool:
         return self.config.agent != "bc" and self.config.model.implementation != "reference"
 
+    @functools.cached_property
     def _planned(self) -> tuple[Plan, Level]:
-        """Returns the plan, and the level that the run is at.
+        """The plan, and the level that the run is at.
 
         Raises:
           ValueError: If there is no plan.
@@ -99,7 +100,7 @@ class MemoryWatch:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         asked = f"activations {self.config.model.activations}"
         try:
-            plan, level = self._planned()
+            plan, level = self._planned
         except ValueError as reason:
             return (
                 f"A training step must fit its device; {self.device.name} with {size(self.device.memory)} ran "

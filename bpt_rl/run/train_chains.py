@@ -298,8 +298,10 @@ def _steps(
     key = jax.jit(lambda: stacked([jax.random.key(seed) for seed in seeds]), out_shardings=everywhere)()
     put = functools.partial(placed_batch, mesh=mesh) if mesh else None
     first, last = steps.start * accumulation, steps.stop * accumulation
-    put_ahead = not watch.is_tight
-    every = (batches(sampler.with_seed(seed), first, last, put=put, is_put_ahead=put_ahead) for seed in seeds)
+    is_tight = watch.is_tight
+    every = (
+        batches(sampler.with_seed(seed), first, last, put=put, is_put_ahead=not is_tight) for seed in seeds
+    )
     source = zip(*every, strict=True)
     compiled: CompiledStep | None = None
     for step, inputs in enumerate(zip(*[source] * accumulation, strict=True), steps.start + 1):
@@ -317,6 +319,6 @@ def _steps(
                 )
         with watch.over(f"in step {step}"):
             state, metrics = compiled(state, inputs, key)
-            if watch.is_tight:
+            if is_tight:
                 jax.block_until_ready(metrics)
         yield step, state, metrics
